@@ -1,0 +1,65 @@
+"""Values that flow between operations and that users see: documents and token chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, SupportsIndex, overload
+
+__all__ = ["Doc", "Docs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Doc:
+    """One retrieved passage. `score` is the retriever's (higher is better); `source` names where it comes from."""
+
+    id: int
+    text: str
+    score: float = 0.0
+    source: str = ""
+    title: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.title}: {self.text}" if self.title else self.text
+
+
+class Docs(tuple[Doc, ...]):
+    """An immutable ranked list of passages, best first; inside an f-string it reads as a numbered list.
+
+    >>> print(Docs([Doc(7, "Use sorted().", 0.9, "howto/sorting.html", "Sorting")]))
+    [1] Sorting: Use sorted().
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, docs: Iterable[Doc] = ()) -> Docs:
+        return super().__new__(cls, tuple(docs))
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(doc.text for doc in self)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return tuple(doc.id for doc in self)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(doc.source for doc in self)
+
+    def __str__(self) -> str:
+        return "\n".join(f"[{rank}] {doc}" for rank, doc in enumerate(self, 1))
+
+    __repr__ = __str__  # a list of results inside an f-string reads like the results themselves
+
+    def __add__(self, other: Any) -> Any:
+        joined = tuple.__add__(self, other)
+        return Docs(joined) if isinstance(other, Docs) else joined
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Doc: ...
+    @overload
+    def __getitem__(self, index: slice) -> Docs: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> Doc | Docs:
+        picked = tuple.__getitem__(self, index)
+        return Docs(picked) if isinstance(index, slice) else picked  # type: ignore[return-value, arg-type]

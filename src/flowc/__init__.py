@@ -1,0 +1,1 @@
+"""flowc: an optimising compiler and runtime for RAG and multi-agent programs."""
