@@ -16,7 +16,7 @@ export FLOWC_GPU
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/constraints.txt
+PIP = $(1)/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints/constraints.txt
 PINS := pyproject.toml constraints/constraints.txt constraints/embedder.txt constraints/torch.sh
 KIND := $(if $(filter 1,$(FLOWC_GPU)),gpu,cpu)
 LOCAL := $(VENV)/.installed-local-$(KIND)
@@ -78,7 +78,7 @@ $(LOCAL): $(PINS) | $(VENV)/.created
 	@echo "flowc: installing flowc[local]; the first time this downloads some 400 MB"
 	@sh constraints/torch.sh $(BIN)/python
 	@$(call PIP,$(VENV)) --editable '.[local$(if $(filter gpu,$(KIND)),$(comma)gpu)]'
-	@$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement constraints/embedder.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes -r constraints/embedder.txt
 	@touch $@
 
 $(DEV): $(LOCAL)

@@ -20,7 +20,7 @@ installed() {
 }
 
 pip_install() {
-    "$python" -m pip install --quiet --constraint "$pins" "$@"
+    "$python" -m pip install -qq --disable-pip-version-check --constraint "$pins" "$@"
 }
 
 if [ "${FLOWC_GPU:-}" = 1 ]; then
@@ -45,11 +45,12 @@ trap 'rm -f "$log"' EXIT
 if pip_install "torch==$pin+cpu" >"$log" 2>&1; then
     exit
 fi
-grep -q 'No matching distribution found for torch' "$log" || { cat "$log" >&2; exit 1; }
+# Only "there is no such build" leads on; a full disk or a dead network is shown as pip says it.
+grep -Eq 'No matching distribution found for torch|Cannot install torch==' "$log" || { cat "$log" >&2; exit 1; }
 
 echo "flowc: pip knows no CPU build of torch $pin here; asking PyTorch's own index, through uv" >&2
-pip_install uv
-if "$python" -m uv pip install --quiet --python "$python" --constraint "$pins" --torch-backend=cpu "torch==$pin"; then
+if pip_install uv && "$python" -m uv pip install --quiet --python "$python" --constraint "$pins" \
+    --torch-backend=cpu "torch==$pin"; then
     exit
 fi
 cat >&2 <<EOF
