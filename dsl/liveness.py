@@ -1,0 +1,200 @@
+"""What a block of Python reads, binds and leaves: the facts that turn variables into SSA values."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Sequence
+
+RETURN_VALUE = "<return>"
+
+_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
+_LOOPS = (ast.For, ast.AsyncFor, ast.While)
+
+
+def reads(node: ast.AST | Iterable[ast.AST]) -> set[str]:
+    """Every name that a piece of code may read, nested functions included."""
+    nodes = [node] if isinstance(node, ast.AST) else list(node)
+    found: set[str] = set()
+    for top in nodes:
+        for inner in ast.walk(top):
+            if isinstance(inner, ast.Name) and not isinstance(inner.ctx, ast.Store):
+                found.add(inner.id)
+            elif isinstance(inner, ast.AugAssign) and isinstance(inner.target, ast.Name):
+                found.add(inner.target.id)
+    return found
+
+
+def binds(node: ast.AST | Iterable[ast.AST]) -> set[str]:
+    """Every variable of the enclosing function that a piece of code may bind or delete."""
+    found: set[str] = set()
+
+    def visit(n: ast.AST, comprehension: frozenset[str]) -> None:
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(n.name)
+            for inner in (*n.decorator_list, *([] if isinstance(n, ast.ClassDef) else n.args.defaults)):
+                visit(inner, comprehension)
+            return
+        if isinstance(n, ast.Lambda):
+            for inner in n.args.defaults:
+                visit(inner, comprehension)
+            return
+        if isinstance(n, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            own = frozenset(
+                x.id for g in n.generators for x in ast.walk(g.target) if isinstance(x, ast.Name)
+            )
+            for inner in ast.iter_child_nodes(n):
+                visit(inner, comprehension | own)
+            return
+        if isinstance(n, ast.NamedExpr):
+            found.add(n.target.id)  # binds in the function even inside a comprehension
+            visit(n.value, comprehension)
+            return
+        if isinstance(n, ast.Name) and isinstance(n.ctx, (ast.Store, ast.Del)) and n.id not in comprehension:
+            found.add(n.id)
+        elif isinstance(n, ast.ExceptHandler) and n.name:
+            found.add(n.name)
+        elif isinstance(n, (ast.Import, ast.ImportFrom)):
+            found.update((a.asname or a.name.split(".")[0]) for a in n.names)
+        elif isinstance(n, (ast.MatchAs, ast.MatchStar)) and n.name:
+            found.add(n.name)
+        elif isinstance(n, ast.MatchMapping) and n.rest:
+            found.add(n.rest)
+        for inner in ast.iter_child_nodes(n):
+            visit(inner, comprehension)
+
+    for top in [node] if isinstance(node, ast.AST) else list(node):
+        visit(top, frozenset())
+    return found
+
+
+def exits(node: ast.AST | Sequence[ast.AST]) -> set[str]:
+    """How a piece of code may leave the block it stands in: some of "return", "break", "continue".
+
+    A `break` of a loop inside the piece does not leave it.
+    """
+    found: set[str] = set()
+
+    def visit(n: ast.AST, in_loop: bool) -> None:
+        if isinstance(n, _SCOPES):
+            return
+        if isinstance(n, ast.Return):
+            found.add("return")
+        elif isinstance(n, (ast.Break, ast.Continue)) and not in_loop:
+            found.add("break" if isinstance(n, ast.Break) else "continue")
+        if isinstance(n, _LOOPS):
+            for inner in n.body:
+                visit(inner, True)
+            for inner in n.orelse:
+                visit(inner, in_loop)
+            return
+        for inner in ast.iter_child_nodes(n):
+            visit(inner, in_loop)
+
+    for top in [node] if isinstance(node, ast.AST) else node:
+        visit(top, False)
+    return found
+
+
+def falls_through(stmts: Sequence[ast.stmt]) -> bool:
+    """May control reach the end of the block? (False only where it surely cannot.)"""
+    for s in stmts:
+        if isinstance(s, (ast.Return, ast.Raise, ast.Break, ast.Continue)):
+            return False
+        if isinstance(s, ast.If) and s.orelse and not falls_through(s.body) and not falls_through(s.orelse):
+            return False
+        if isinstance(s, ast.Try):
+            if s.finalbody and not falls_through(s.finalbody):
+                return False
+            if not falls_through([*s.body, *s.orelse]) and not any(falls_through(h.body) for h in s.handlers):
+                return False
+    return True
+
+
+class Liveness:
+    """For every statement of a function the variables that may still be read after it."""
+
+    def __init__(self, body: Sequence[ast.stmt]) -> None:
+        self.after: dict[int, frozenset[str]] = {}
+        self.head: dict[int, frozenset[str]] = {}  # of a loop: read by the next turn before it is bound there
+        self.handlers: dict[int, frozenset[str]] = {}  # of a try: read by its handlers or its finally
+        self.at_entry = self._block(body, frozenset({RETURN_VALUE}), None, None, frozenset())
+
+    def _block(
+        self,
+        stmts: Sequence[ast.stmt],
+        live: frozenset[str],
+        on_break: frozenset[str] | None,
+        on_continue: frozenset[str] | None,
+        on_error: frozenset[str],
+    ) -> frozenset[str]:
+        for s in reversed(stmts):
+            live = self._stmt(s, live, on_break, on_continue, on_error) | on_error
+        return live
+
+    def _stmt(
+        self,
+        s: ast.stmt,
+        live: frozenset[str],
+        on_break: frozenset[str] | None,
+        on_continue: frozenset[str] | None,
+        on_error: frozenset[str],
+    ) -> frozenset[str]:
+        self.after[id(s)] = self.after.get(id(s), frozenset()) | live
+        match s:
+            case ast.Return():
+                return frozenset(reads(s.value) if s.value else ()) | {RETURN_VALUE}
+            case ast.Raise():
+                return frozenset(reads(s))
+            case ast.Break():
+                return on_break if on_break is not None else live
+            case ast.Continue():
+                return on_continue if on_continue is not None else live
+            case ast.If():
+                then = self._block(s.body, live, on_break, on_continue, on_error)
+                other = self._block(s.orelse, live, on_break, on_continue, on_error)
+                return then | other | reads(s.test)
+            case ast.For() | ast.AsyncFor() | ast.While():
+                after_loop = self._block(s.orelse, live, on_break, on_continue, on_error) if s.orelse else live
+                test = reads(s.test) if isinstance(s, ast.While) else frozenset()
+                targets = binds(s.target) if not isinstance(s, ast.While) else set()
+                head = after_loop | test
+                while True:
+                    body = self._block(s.body, head, live, head, on_error)
+                    grown = head | (body - targets)
+                    if grown == head:
+                        break
+                    head = grown
+                self.head[id(s)] = (body - targets) | test
+                extra = reads(s.iter) if not isinstance(s, ast.While) else set()
+                return head | extra
+            case ast.Try() | ast.TryStar():
+                final = self._block(s.finalbody, live, on_break, on_continue, on_error) if s.finalbody else live
+                caught: frozenset[str] = frozenset()
+                for h in s.handlers:
+                    inner = self._block(h.body, final, on_break, on_continue, on_error)
+                    caught |= (inner - ({h.name} if h.name else set())) | (reads(h.type) if h.type else set())
+                if s.finalbody:
+                    caught |= final
+                self.handlers[id(s)] = caught
+                out = self._block(s.orelse, final, on_break, on_continue, on_error) if s.orelse else final
+                return self._block(s.body, out, on_break, on_continue, on_error | caught) | caught
+            case ast.With() | ast.AsyncWith():
+                inner = self._block(s.body, live, on_break, on_continue, on_error)
+                return inner | reads([i.context_expr for i in s.items])
+            case ast.Assign(targets=targets_, value=value) if all(_plain(t) for t in targets_):
+                return (live - binds(targets_)) | reads(value)
+            case ast.AnnAssign(target=ast.Name(), value=value) if value is not None:
+                return (live - binds(s.target)) | reads(value)
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                return (live - {s.name}) | reads(s)
+            case _:
+                return live | reads(s)
+
+
+def _plain(target: ast.expr) -> bool:
+    """Does assigning to the target bind plain variables and read nothing?"""
+    if isinstance(target, (ast.Tuple, ast.List)):
+        return all(map(_plain, target.elts))
+    if isinstance(target, ast.Starred):
+        return _plain(target.value)
+    return isinstance(target, ast.Name)
