@@ -91,7 +91,7 @@ def test_base_pulls_no_tensor_library() -> None:
 
 
 def test_what_is_imported_is_required() -> None:
-    """Every third-party module that the packages import belongs to a requirement, and every base requirement is used."""
+    """Every third-party module that is imported belongs to a requirement, and every requirement of the base is used."""
     imported: set[str] = set()
     for path in package_files().values():
         if path.suffix == ".py":
