@@ -66,6 +66,11 @@ def test_link_points_at_its_folder(folder: str) -> None:
     assert link.resolve() == ROOT / folder
 
 
+def test_pyright_is_told_of_every_folder() -> None:
+    """It does not follow links and says nothing about it: left to `src`, it would check eight files and be content."""
+    assert set(PYPROJECT["tool"]["pyright"]["include"]) >= {*FOLDERS, "src", "tests", "examples"}
+
+
 def test_files_beside_the_code_are_packaged() -> None:
     patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["*"]
     lost = [
