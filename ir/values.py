@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, SupportsIndex, overload
+from typing import Any, Final, SupportsIndex, final, overload
 
-__all__ = ["Doc", "Docs"]
+__all__ = ["UNDEF", "Doc", "Docs", "Undef"]
+
+
+@final
+class Undef:
+    """The type of `UNDEF`, which stands for the value of a variable that is not bound."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "UNDEF"
+
+    def __reduce__(self) -> str:
+        return "UNDEF"  # one per process: compared with `is`
+
+
+UNDEF: Final = Undef()
 
 
 @dataclass(frozen=True, slots=True)
