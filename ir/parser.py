@@ -1,7 +1,7 @@
 """Text as IR: the inverse of `flowc.ir.printer`.
 
-Lark reads the text by `grammar.lark` into plain records; `_Resolver` then gives each use of a value its definition. Both steps
-report a `ParseError` with line, column and what was expected:
+Lark reads the text by `grammar.lark` into plain records; `_Resolver` then gives each use of a value its definition.
+Both steps report a `ParseError` with line, column and what was expected:
 
     F030  the text is malformed
     F031  a value or a workflow that does not exist, or cannot be seen from here
@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib.resources import files
+from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 from lark import Lark, Token, Transformer
 from lark.exceptions import UnexpectedCharacters, UnexpectedEOF, UnexpectedInput, UnexpectedToken
 
-from .core import NO_ATTRS, Attr, Attrs, Graph, Op, Region, Value, walk
+from .core import NO_ATTRS, Attr, Attrs, Graph, Op, Region, Value
 from .errors import Loc, ParseError
 from .ops import OPS
 from .printer import LEADING, NAMED, SYMBOLS, called_names
@@ -133,7 +134,9 @@ def _block(token: Token) -> str:
         raise _Malformed(token, 'the closing `"""` of a block stands on a line of its own')
     for line in lines[1:-1]:
         if line and not line.startswith(indent):
-            raise _Malformed(token, f'a line of this block is indented less than its closing `"""`: {line.strip()[:40]!r}')
+            raise _Malformed(
+                token, f'a line of this block is indented less than its closing `"""`: {line.strip()[:40]!r}'
+            )
     return "\n".join(line[len(indent) :] for line in lines[1:-1])
 
 
@@ -270,7 +273,9 @@ class _Resolver:
         if declared != actual:
             said, given = (", ".join(map(str, types)) or "nothing" for types in (declared, actual))
             token = flow.types[0].name if flow.types else flow.name
-            raise _Malformed(token, f"workflow @{_bare(flow.name)} is declared to return {said}, but returns {given}", code="F034")
+            raise _Malformed(
+                token, f"workflow @{_bare(flow.name)} is declared to return {said}, but returns {given}", code="F034"
+            )
         return region
 
     def region(self, params: Iterable[_Param], ops: list[_Op], yields: list[Token], ordered: bool) -> Region:
@@ -280,6 +285,11 @@ class _Resolver:
             raise _Malformed(token, f"regions are nested more than {MAX_DEPTH} deep")
         mine: list[str] = []
         values = tuple(self.define(p.name, self.type(p.type), mine) for p in params)
+        for before, op in pairwise(ops):
+            first = op.results[0] if op.results else op.name
+            if first.line == before.name.line:
+                hint = _literal_hint(first)
+                raise _Malformed(first, f"unexpected `{first}`: an operation begins on a new line", hint)
         done = tuple([self.op(op, mine) for op in ops])
         region = Region(values, done, tuple([self.use(t) for t in yields]), ordered)
         for name in mine:
@@ -310,9 +320,10 @@ class _Resolver:
     def undefined(self, token: Token) -> _Malformed:
         name = _bare(token)
         if name in self.defined:
-            where = f"it is defined in line {self.defined[name].line}, in a region that has ended: let the region yield it"
-        elif (line := _line_of(self.workflow.ops, name)) is not None:
-            where = f"it is defined later, in line {line}: a value is defined before it is used"
+            line = self.defined[name].line
+            where = f"it is defined in line {line}, in a region that has ended: let the region yield it"
+        elif (later := _line_of(self.workflow.ops, name)) is not None:
+            where = f"it is defined later, in line {later}: a value is defined before it is used"
         elif close := get_close_matches(name, self.visible, 1, 0.6):
             where = f"did you mean `%{close[0]}`?"
         else:
@@ -336,7 +347,10 @@ class _Resolver:
             raise _Malformed(t.name, f"there is no type `{name}`", _did_you_mean(name, [*ATOMS, *ARITY]), "F034")
         if ARITY[name] not in (None, len(t.args)):
             raise _Malformed(
-                t.name, f"type `{name}` takes {ARITY[name]} argument(s), not {len(t.args)}", f"write `{_EXAMPLES[name]}`", "F034"
+                t.name,
+                f"type `{name}` takes {ARITY[name]} argument(s), not {len(t.args)}",
+                f"write `{_EXAMPLES[name]}`",
+                "F034",
             )
         return Type(name, tuple([self.type(a) for a in t.args]))
 
@@ -346,7 +360,9 @@ class _Resolver:
         quoted, line, col, end = match.groups()
         if quoted is None and self.file is None:
             raise _Malformed(
-                token, "this location names no file", 'write `loc("file.py":9:1-8)`, or give the workflow a `loc("file.py":8)`'
+                token,
+                "this location names no file",
+                'write `loc("file.py":9:1-8)`, or give the workflow a `loc("file.py":8)`',
             )
         file = self.file if quoted is None else _unquote(Token.new_borrow_pos("STRING", quoted, token))
         assert file is not None
@@ -372,10 +388,12 @@ class _Resolver:
         operands = tuple([self.use(o.value) for o in op.operands])
         if name in NAMED:
             if "params" not in attrs and (operands or name == "py"):
-                attrs["params"] = tuple([
-                    _word(o.name) if o.name is not None else v.name.split(".")[0]
-                    for o, v in zip(op.operands, operands, strict=True)
-                ])
+                attrs["params"] = tuple(
+                    [
+                        _word(o.name) if o.name is not None else v.name.split(".")[0]
+                        for o, v in zip(op.operands, operands, strict=True)
+                    ]
+                )
         elif op.operands and op.operands[-1].name is not None:
             self.keywords(op, attrs)
         else:
@@ -395,7 +413,11 @@ class _Resolver:
 
     def main_attr(self, op: _Op, attrs: dict[str, Attr], attr: str | None, value: Attr, what: str) -> None:
         if attr is None:
-            raise _Malformed(op.name, f"`{op.name}` takes no {what} before its operands", "write it as an attribute in braces: `{name = ...}`")
+            raise _Malformed(
+                op.name,
+                f"`{op.name}` takes no {what} before its operands",
+                "write it as an attribute in braces: `{name = ...}`",
+            )
         if attr in attrs:
             raise _Malformed(op.name, f"attribute `{attr}` of `{op.name}` is given twice")
         attrs[attr] = value
@@ -417,13 +439,22 @@ class _Resolver:
         if expected and expected[-1] == "*handlers":
             expected[-1:] = ["except"] * (len(labels) - len(expected) + 1)
             if "handlers" not in attrs:
-                attrs["handlers"] = tuple(_unquote(r.guard) if r.guard is not None else "" for r in op.regions if r.label == "except")
+                attrs["handlers"] = tuple(
+                    _unquote(r.guard) if r.guard is not None else "" for r in op.regions if r.label == "except"
+                )
             elif any(r.guard is not None for r in op.regions):
-                raise _Malformed(op.name, "attribute `handlers` and the texts after `except` say the same thing: write one of them")
+                raise _Malformed(
+                    op.name, "attribute `handlers` and the texts after `except` say the same thing: write one of them"
+                )
         if labels != expected:
-            wrong = next((r.label for r, e in zip(op.regions, [*expected, *[""] * len(labels)], strict=False) if r.label != e), op.name)
+            wrong = next(
+                (r.label for r, e in zip(op.regions, [*expected, *[""] * len(labels)], strict=False) if r.label != e),
+                op.name,
+            )
             said = ", ".join(f"`{e}`" for e in expected) or "none"
-            raise _Malformed(wrong, f"the regions of `{op.name}` are {said}; here: {', '.join(f'`{n}`' for n in labels) or 'none'}")
+            raise _Malformed(
+                wrong, f"the regions of `{op.name}` are {said}; here: {', '.join(f'`{n}`' for n in labels) or 'none'}"
+            )
         done = []
         for r in op.regions:
             if r.guard is not None and r.label != "except":
@@ -439,6 +470,10 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
     names = list(known)
     close = get_close_matches(name, names, 1, 0.6)
     return f"did you mean `{close[0]}`?" if close else f"there are: {', '.join(names)}"
+
+
+def _literal_hint(token: str) -> str | None:
+    return "the literals are `true`, `false` and `none`" if token in ("True", "False", "None") else None
 
 
 def _line_of(ops: Sequence[_Op], name: str) -> int | None:
@@ -460,7 +495,11 @@ def _link(flows: list[_Workflow]) -> Graph:
     for flow in flows:
         name = _bare(flow.name)
         if name in by_name:
-            raise _Malformed(flow.name, f"workflow {flow.name} is defined twice: first in line {by_name[name].name.line}", code="F032")
+            raise _Malformed(
+                flow.name,
+                f"workflow {flow.name} is defined twice: first in line {by_name[name].name.line}",
+                code="F032",
+            )
         by_name[name] = flow
     done: dict[str, Graph] = {}
     open_: list[str] = []
@@ -478,9 +517,13 @@ def _link(flows: list[_Workflow]) -> Graph:
             callees = [_bare(t) for t in flow.calls]
             for token, callee in zip(flow.calls, callees, strict=True):
                 if callee not in by_name:
-                    raise _Malformed(token, f"this text defines no workflow {token}", _did_you_mean(callee, by_name), "F031")
+                    raise _Malformed(
+                        token, f"this text defines no workflow {token}", _did_you_mean(callee, by_name), "F031"
+                    )
                 if callee in open_:
-                    raise _Malformed(token, f"{token} holds this workflow already: `calls` must not go round in a circle")
+                    raise _Malformed(
+                        token, f"{token} holds this workflow already: `calls` must not go round in a circle"
+                    )
         scope = _unquote(flow.scope) if flow.scope is not None else ""
         done[name] = Graph(name, body, scope, tuple(build(c) for c in callees), resolver.loc)
         open_.pop()
@@ -551,9 +594,9 @@ def _explain(error: UnexpectedInput, text: str, lark: Lark) -> tuple[str, str | 
         return f"the text ends here; expected {_expectation(expected, lark)}", hint, len(lines), len(lines[-1]) + 1, 1
     if isinstance(error, UnexpectedToken):
         token = error.token
-        expected = error.accepts or error.expected
+        expected = set[str](error.accepts or error.expected)
         shown = str(token).split("\n")[0]
-        message = f"unexpected `{shown[:40]}`; expected {_expectation(set(expected), lark)}"
+        message = f"unexpected `{shown[:40]}`; expected {_expectation(expected, lark)}"
         if "LOC" in expected and token == "loc":
             hint = 'a location is `loc("file.py":LINE:COLUMN-COLUMN)`, or `loc(LINE)` in the workflow\'s own file'
         elif token.type == "EQUAL" and error.token_history and error.token_history[-1].type == "NAME":
@@ -562,8 +605,10 @@ def _explain(error: UnexpectedInput, text: str, lark: Lark) -> tuple[str, str | 
             hint = "a region inside an operation ends with `yield`; `return` ends the workflow"
         elif token == "yield" and "RETURN" in expected:
             hint = "a workflow ends with `return`; `yield` ends a region inside an operation"
-        elif token.type in ("TRUE", "FALSE", "NONE") or str(token) in ("True", "False", "None"):
-            hint = "literals are `true`, `false` and `none`" if str(token)[:1].isupper() else None
+        elif "EQUAL" in expected and re.search(r"(^|[{;])\s*(return|yield)\b", text.split("\n")[(token.line or 1) - 1]):
+            hint = "a workflow ends with `return`, a region inside an operation with `yield`"
+        else:
+            hint = _literal_hint(token)
         return message, hint, token.line or 1, token.column or 1, max(1, len(shown))
     assert isinstance(error, UnexpectedCharacters)
     char = text[error.pos_in_stream] if error.pos_in_stream is not None else "?"

@@ -7,8 +7,8 @@
       return %docs
     }
 
-One operation a line, in program order; nothing on a line depends on another line, so that diffs are small. A region with
-`seq` before its brace runs in exactly this order; one without it waits for data and effects only. Attributes stand in the
+One operation a line, in program order; nothing on a line depends on another line, so that diffs are small. A region
+with `seq` before its brace runs in exactly this order; one without it waits for data and effects only. Attributes stand in the
 order of the op table, and an operation's main attribute stands up front (`LEADING`, `SYMBOLS`). A location without a file
 is in the workflow's own file; columns count from 1 and include the last. `docs/ir.md` is the whole reference.
 """
@@ -25,14 +25,24 @@ from .errors import Loc
 from .ops import OPS
 from .types import Type
 
-LEADING: Final = {"const": "value", "equals": "value", "template": "text", "py": "source", "bound": "variable"}
+LEADING: Final[dict[str, str]] = {
+    "const": "value",
+    "equals": "value",
+    "template": "text",
+    "py": "source",
+    "bound": "variable",
+}
 """Operation -> the attribute whose literal stands right after its name."""
 
-SYMBOLS: Final = {**{name: "resource" for name, spec in OPS.items() if spec.has_resource}, "tool": "tool", "call": "callee"}
+SYMBOLS: Final[dict[str, str]] = {
+    **{name: "resource" for name, spec in OPS.items() if spec.has_resource},
+    "tool": "tool",
+    "call": "callee",
+}
 """Operation -> the attribute that stands as `@name`."""
 
 NAMED: Final = frozenset({"py", "try"})
-"""Operations whose operands all have names (the attribute `params`); elsewhere named operands are the attribute `kw`."""
+"""Operations whose operands all have names (the attribute `params`). Elsewhere named operands are those in `kw`."""
 
 WORDS: Final = {"true": True, "false": False, "none": None}
 LOC_COLUMN: Final = 84  # a fixed column: aligning to the longest line would make every diff a diff of the whole region
@@ -40,6 +50,7 @@ BLOCK_CHARS: Final = 80  # a longer text of several lines is written as a block
 
 _ESCAPE = re.compile(r'["\\]|[^ -~]')
 _SHORT = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+_BYTES = [f"\\x{b:02x}" if not 32 <= b < 127 else f"\\{b:c}" if b in b'"\\' else chr(b) for b in range(256)]
 _IDENTIFIER = re.compile(r"[^\W\d][\w.]*")
 _VALUE_NAME = re.compile(r"[\w.]+")
 _SYMBOL_NAME = re.compile(r"[\w.\-]+")
@@ -77,7 +88,7 @@ def print_literal(value: object) -> str:
         case float():
             return repr(value) if isfinite(value) else "nan" if isnan(value) else "inf" if value > 0 else "-inf"
         case bytes():
-            return 'b"' + "".join(f"\\x{b:02x}" if not 32 <= b < 127 else "\\" + chr(b) if b in b'"\\' else chr(b) for b in value) + '"'
+            return f'b"{"".join(map(_BYTES.__getitem__, value))}"'
         case tuple():
             return f"({', '.join(map(print_literal, value))}{',' if len(value) == 1 else ''})"
         case _:
@@ -174,15 +185,20 @@ class _Printer:
         parts.append(op.name)
         attrs, hidden = op.attrs, set[str]()
         lead = LEADING.get(op.name)
-        if lead in attrs:
+        if lead is not None and lead in attrs:
             literal = attrs[lead]
             hidden.add(lead)
             block = None
-            if type(literal) is str and not flat and "\n" in literal and (op.name == "py" or len(literal) > BLOCK_CHARS):
+            if (
+                type(literal) is str
+                and not flat
+                and "\n" in literal
+                and (op.name == "py" or len(literal) > BLOCK_CHARS)
+            ):
                 block = _block(literal, indent + "    ")
             parts += " ", block or print_literal(literal)
         symbol = SYMBOLS.get(op.name)
-        if symbol in attrs:
+        if symbol is not None and symbol in attrs:
             target = attrs[symbol]
             if type(target) is str and target:
                 hidden.add(symbol)
@@ -202,7 +218,8 @@ class _Printer:
         names = list(spec.regions) if spec else []
         if names and names[-1] == "*handlers":
             handlers = op.attrs.get("handlers")
-            shown = handlers if type(handlers) is tuple and _are_names(handlers, len(op.regions) - 1) else ("",) * len(op.regions)
+            are_valid = type(handlers) is tuple and _are_names(handlers, len(op.regions) - 1)
+            shown = handlers if are_valid else ("",) * len(op.regions)
             names[-1:] = [f"except {quote(str(h))}" if h else "except" for h in shown]
         for i in range(len(op.regions)):
             yield names[i] if i < len(names) else "body"
@@ -213,11 +230,14 @@ class _Printer:
             gap = "" if op.regions else " " * (LOC_COLUMN - len(line) + line.rfind("\n"))
             line = f"{line}{gap or ' '}{'' if op.regions else ' '}{self.loc(op.loc)}"
         for label, region in zip(self.labels(op), op.regions, strict=True):
-            params = f" ({self.params(region.params)})" if region.params else ""
-            out.append(f"{line} {label}{params}{' seq' if region.ordered else ''} {{")
+            out.append(f"{line} {label}{self.region_head(region)} {{")
             self.region(region, indent + "  ", "yield", out)
             line = f"{indent}}}"
         out.append(line)
+
+    def region_head(self, region: Region) -> str:
+        params = f" ({self.params(region.params)})" if region.params else ""
+        return f"{params}{' seq' if region.ordered else ''}"
 
     def region(self, region: Region, indent: str, end: str, out: list[str]) -> None:
         for op in region.ops:
@@ -245,7 +265,8 @@ class _Printer:
 
 def called_names(region: Region) -> list[str]:
     """The workflows that a region calls, in order of first call."""
-    return list(dict.fromkeys(str(op.attrs["callee"]) for op in walk(region) if op.name == "call" and "callee" in op.attrs))
+    calls = (op for op in walk(region) if op.name == "call" and "callee" in op.attrs)
+    return list(dict.fromkeys(str(op.attrs["callee"]) for op in calls))
 
 
 def all_graphs(graph: Graph) -> list[Graph]:
@@ -267,7 +288,10 @@ def all_graphs(graph: Graph) -> list[Graph]:
 
 
 def print_graph(graph: Graph, *, locs: bool = True) -> str:
-    """The workflow and those it calls as text that parses back into an equal graph; without `locs`, equal but for locations."""
+    """The workflow and those it calls as text that parses back into an equal graph.
+
+    Without `locs` the text says nothing of source locations, and the graph is equal but for those.
+    """
     out: list[str] = []
     graphs = all_graphs(graph)
     defined = {g.name: g for g in graphs}
@@ -282,10 +306,21 @@ def print_op(op: Op) -> str:
     """One operation on one line, without location; its regions are `{ ... }`. For messages and reports."""
     printer = _Printer(locs=False)
     regions = (
-        f" {label}{f' ({printer.params(region.params)})' if region.params else ''}{' seq' if region.ordered else ''} {{ ... }}"
+        f" {label}{printer.region_head(region)} {{ ... }}"
         for label, region in zip(printer.labels(op), op.regions, strict=True)
     )
     return printer.head(op, flat=True) + "".join(regions)
 
 
-__all__ = ["LEADING", "NAMED", "SYMBOLS", "all_graphs", "called_names", "print_graph", "print_literal", "print_op", "quote", "stem"]
+__all__ = [
+    "LEADING",
+    "NAMED",
+    "SYMBOLS",
+    "all_graphs",
+    "called_names",
+    "print_graph",
+    "print_literal",
+    "print_op",
+    "quote",
+    "stem",
+]
