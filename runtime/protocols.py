@@ -101,8 +101,10 @@ class LLMBackend(Protocol):
 class Embedder(Protocol):
     """Text to unit vectors. `fingerprint` changes whenever the vectors would."""
 
-    fingerprint: str
-    dim: int
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def dim(self) -> int: ...
 
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Unit-norm float32 vectors of shape (len(texts), dim)."""

@@ -1,0 +1,146 @@
+"""Indexes: built from documents, saved atomically, opened by mmap, searched in batches.
+
+Importing this package loads neither numpy nor faiss; building and opening do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from flowc.ir.errors import ResourceError
+
+from .documents import Passage, Reading, read_jsonl, read_passages
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from flowc.runtime.protocols import Embedder
+
+    from .bm25 import BM25Retriever
+    from .info import IndexInfo
+    from .ivf import IVFRetriever
+    from .store import Manifest
+
+__all__ = ["Passage", "Reading", "build_index", "index_info", "open_index", "read_jsonl", "read_passages"]
+
+
+def build_index(
+    passages: Sequence[Passage | str],
+    embedder: Embedder | None,
+    out: str | os.PathLike[str],
+    *,
+    kind: Literal["auto", "flat", "ivf", "bm25"] = "auto",
+    nlist: int | None = None,
+    nprobe: int | None = None,
+    codec: Literal["fp16", "fp32"] = "fp16",
+    vectors: npt.NDArray[np.floating[Any]] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    threads: int | None = None,
+) -> Manifest:
+    """The manifest of the index that it leaves in the folder `out`, with the reasons for what was chosen.
+
+    A passage's id is its position. Without an embedder the index is a BM25 index of words; with one it is an index of
+    vectors: flat below 50,000 passages, inverted lists (FAISS IVF) above or if `nlist` is given, with `nprobe` measured
+    on the index's own vectors. `vectors`, of shape (len(passages), embedder.dim), spares the embedding: they must come
+    from `embedder`, whose fingerprint they are stored under. `progress` is called with (stage, done, total).
+
+    The save is atomic: an index that was at `out` stays whole until the new one is on the disk, and readers that have
+    it open keep it. Raises `ResourceError`: F060 nothing to index, or `out` cannot be written (disk full, not an index,
+    in use by another build); F063 vectors or numbers that do not fit.
+    """
+    items = [Passage(p) if isinstance(p, str) else p for p in passages]
+    if not items:
+        raise ResourceError(
+            "there is nothing to index: no passages", code="F060", hint="check the folder, or the errors of reading it"
+        )
+    try:
+        if kind == "bm25" or (kind == "auto" and embedder is None):
+            from .bm25 import build_bm25
+
+            return build_bm25(items, out, progress=progress)
+        if embedder is None:
+            raise ResourceError(f"an index of kind {kind!r} needs an embedder", code="F063", hint='or kind="bm25"')
+        if kind not in ("auto", "flat", "ivf"):
+            raise ResourceError(f"unknown kind of index {kind!r}", code="F063", hint='"auto", "flat", "ivf" or "bm25"')
+        from .ivf import build_vectors, plan_index
+
+        plan = plan_index(len(items), embedder.dim, kind=kind, nlist=nlist, nprobe=nprobe, codec=codec)
+        return build_vectors(items, embedder, out, plan=plan, vectors=vectors, progress=progress, threads=threads)
+    except ImportError as e:
+        raise _not_installed(e) from e
+
+
+def open_index(
+    path: str | os.PathLike[str],
+    embedder: Embedder | Callable[[], Embedder] | None = None,
+    *,
+    name: str | None = None,
+    verify: bool = False,
+) -> IVFRetriever | BM25Retriever:
+    """The index at `path`, mapped, not read: opening takes milliseconds whatever its size.
+
+    Sizes of all files are always checked, their SHA-256 with `verify`. Without an embedder the one that the index was
+    made with is opened at the first search by text. Raises `ResourceError`: F061 no index there, F062 damaged, F063 the
+    embedder is another one than the index was made with.
+    """
+    try:
+        from .store import read_manifest
+
+        for attempt in range(3):
+            manifest = read_manifest(path)
+            try:
+                return _open(path, manifest, embedder, name, verify)
+            except ResourceError as e:
+                # A build may have replaced the index between the two reads; then the manifest has moved on.
+                if e.code != "F062" or attempt == 2 or read_manifest(path).generation == manifest.generation:
+                    raise
+        raise AssertionError("unreachable")
+    except ImportError as e:
+        raise _not_installed(e) from e
+
+
+def _open(
+    path: str | os.PathLike[str],
+    manifest: Manifest,
+    embedder: Embedder | Callable[[], Embedder] | None,
+    name: str | None,
+    verify: bool,
+) -> IVFRetriever | BM25Retriever:
+    if manifest.kind == "bm25":
+        from .bm25 import BM25Retriever
+
+        return BM25Retriever(path, manifest, name=name, verify=verify)
+    from flowc.backends.embed import open_embedder
+
+    from .ivf import IVFRetriever
+
+    assert manifest.embedder is not None
+    spec = manifest.embedder.spec
+    return IVFRetriever(path, manifest, embedder or (lambda: open_embedder(spec)), name=name, verify=verify)
+
+
+def index_info(
+    path: str | os.PathLike[str],
+    *,
+    recall: bool = False,
+    k: int = 10,
+    sample: int = 200,
+    queries: Sequence[str] | None = None,
+) -> IndexInfo:
+    """What the index at `path` is, after every file was read and found to match its checksum.
+
+    With `recall` also recall@k by nprobe against a scan of all lists: on `sample` of the index's own vectors, or on
+    `queries`, which are embedded for it. Raises as `open_index`.
+    """
+    try:
+        from .info import inspect_index
+    except ImportError as e:
+        raise _not_installed(e) from e
+    return inspect_index(open_index(path, verify=True), recall=recall, k=k, sample=sample, queries=queries)
+
+
+def _not_installed(error: ImportError) -> ResourceError:
+    return ResourceError(f"the package {error.name} is not installed", code="F060", hint="pip install 'flowc[local]'")

@@ -1,0 +1,587 @@
+"""Vector search over FAISS inverted lists, mapped from disk: exact over the probed lists, and the same in any batch.
+
+FAISS trains and holds the lists; what is probed, how ties are broken and what a result is, is decided here:
+
+- *Distances are canonical.* The inner product that FAISS's list scanner computes is a function of the query and the
+  stored code alone, whatever the batch, the thread or the order of the lists (measured bit for bit). Codes hold whole
+  vectors, not residuals, so that it stays so.
+- *Probes are canonical.* The nearest lists are ranked by (inner product descending, list number ascending) with the
+  one-query kernel; a blocked matrix product would move last bits with the batch size. If they hold fewer than k
+  vectors, further lists are probed until they do.
+- *Results are canonical.* FAISS keeps whichever of equal scores it met first, so k + 6 are asked for, more while the
+  last one kept still ties with the k-th, and they are ordered by (score descending, id ascending).
+
+A search of [a, b, c] is therefore, bit for bit, the three searches. A "flat" index is the same thing with one list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from flowc.ir.errors import FlowcError, ResourceError
+from flowc.ir.values import Docs
+from flowc.runtime.protocols import Embedder, SearchRequest
+
+from .documents import Passage, embedded_text
+from .store import EmbedderInfo, IndexWriter, Manifest, PassageStore, check_files, damaged
+
+__all__ = ["IVFRetriever", "IndexPlan", "build_vectors", "check_request", "own_queries", "plan_index", "recall_table"]
+
+F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
+Progress = Callable[[str, int, int], None]  # (what is done: "embed", "train", "add", "measure"; how much; of how much)
+Codec = Literal["fp16", "fp32"]
+
+FLAT_BELOW = 50_000  # vectors: one list is exact and takes about 3 ms at this size
+_SPARE = 6  # results asked for beyond k, so that a tie at the end is seen
+_SEED = 1234
+_FILE = "index.faiss"
+_RECALL_AIM = 0.95
+_RECALL_SAMPLE = 200
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as e:
+        raise ResourceError(
+            "the package faiss-cpu is not installed", code="F060", hint="pip install 'flowc[local]'"
+        ) from e
+    return faiss
+
+
+# ------------------------------------------------------------------------------------------------ choosing
+@dataclass(frozen=True, slots=True)
+class IndexPlan:
+    """The kind of index, its number of lists, and why. `nprobe` 0 means: to be measured once the lists are there."""
+
+    kind: Literal["flat", "ivf"]
+    nlist: int
+    nprobe: int
+    codec: Codec
+    reasons: tuple[str, ...]
+
+
+def plan_index(
+    count: int,
+    dim: int,
+    *,
+    kind: Literal["auto", "flat", "ivf"] = "auto",
+    nlist: int | None = None,
+    nprobe: int | None = None,
+    codec: Codec = "fp16",
+) -> IndexPlan:
+    """The index for `count` vectors of `dim` numbers. What is given is kept, the rest is chosen.
+
+    Raises `ResourceError` F063 for numbers that cannot be: no lists, more lists than vectors, an unknown codec.
+    """
+    if codec not in ("fp16", "fp32"):
+        raise ResourceError(f"unknown codec {codec!r}", code="F063", hint='"fp16" (half the memory) or "fp32"')
+    if nlist is not None and not 1 <= nlist <= count:
+        raise ResourceError(f"nlist must be between 1 and the number of vectors ({count}), found {nlist}", code="F063")
+    if nprobe is not None and nprobe < 1:
+        raise ResourceError(f"nprobe must be at least 1, found {nprobe}", code="F063")
+    reasons = []
+    if kind == "auto" and nlist is None and count < FLAT_BELOW:
+        kind = "flat"
+        reasons.append(
+            f"flat: {count:,} vectors are fewer than {FLAT_BELOW:,}, a full scan is exact and takes milliseconds"
+        )
+    elif kind == "flat":
+        reasons.append("flat: asked for")
+    if kind == "flat":
+        if nlist is not None and nlist != 1:
+            raise ResourceError(f"a flat index has one list, not {nlist}", code="F063", hint='kind="ivf"')
+        nlist = nprobe = 1
+    else:
+        kind = "ivf"
+        if nlist is None:
+            # About 3 sqrt(n) lists balance the search for lists against the search in them; a power of two, and
+            # no more than leaves 39 vectors a list to train on (FAISS's own limit for a sound k-means).
+            nlist = 2 ** round(math.log2(3 * math.sqrt(count)))
+            nlist = max(1, min(nlist, 2 ** int(math.log2(max(1.0, count / 39)))))
+            reasons.append(f"nlist {nlist}: about 3 times the square root of {count:,} vectors")
+        else:
+            reasons.append(f"nlist {nlist}: asked for")
+        if nprobe is not None:
+            nprobe = min(nprobe, nlist)
+            reasons.append(f"nprobe {nprobe}: asked for")
+    size = count * dim * (2 if codec == "fp16" else 4)
+    why = "half of fp32 at the same recall" if codec == "fp16" else "asked for"
+    reasons.append(f"codec {codec}: {size / 1e6:,.1f} MB of vectors, {why}")
+    return IndexPlan(kind, nlist, nprobe or 0, codec, tuple(reasons))
+
+
+# ------------------------------------------------------------------------------------------------ building
+def build_vectors(
+    passages: Sequence[Passage],
+    embedder: Embedder,
+    out: str | os.PathLike[str],
+    *,
+    plan: IndexPlan,
+    vectors: npt.NDArray[np.floating[Any]] | None = None,
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> Manifest:
+    """Builds and saves the planned index; see `flowc.backends.vector.build_index`."""
+    faiss = _faiss()
+
+    def tell(stage: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(stage, done, total)
+
+    count, dim = len(passages), embedder.dim
+    with IndexWriter(out) as writer:  # first: a folder that cannot be written should not cost ten minutes of embedding
+        if vectors is None:
+            texts = [embedded_text(p) for p in passages]
+            vectors = _embed_all(embedder, texts, lambda done, total: tell("embed", done, total))
+        data = _unit_vectors(vectors, count, dim)
+        with _omp_threads(faiss, threads or os.cpu_count() or 1):
+            tell("train", 0, 1)
+            index = _train(faiss, data, plan)
+            tell("train", 1, 1)
+            for start in range(0, count, 50_000):
+                index.add(data[start : start + 50_000])
+                tell("add", min(start + 50_000, count), count)
+        reasons, nprobe = plan.reasons, plan.nprobe
+        if not nprobe:
+            tell("measure", 0, 1)
+            nprobe, reason = _choose_nprobe(_Lists(index), data)
+            reasons += (reason,)
+            tell("measure", 1, 1)
+        writer.passages(passages)
+        with writer.file(_FILE) as stream:
+            # Through Python's file, because FAISS's own writer forgets what fclose says about a full disk.
+            faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
+        spec = str(getattr(embedder, "spec", "") or type(embedder).__name__)
+        return writer.commit(
+            Manifest(
+                kind=plan.kind,
+                count=count,
+                metric="inner_product",
+                nlist=plan.nlist,
+                nprobe=nprobe,
+                codec=plan.codec,
+                embedder=EmbedderInfo(spec, embedder.fingerprint, dim),
+                settings={"seed": _SEED, "embedded": "{title}: {text}"},
+                reasons=reasons,
+            )
+        )
+
+
+def _embed_all(embedder: Embedder, texts: Sequence[str], progress: Callable[[int, int], None]) -> F32:
+    many = getattr(embedder, "embed_many", None)  # what an embedder may offer beyond the protocol: its way in bulk
+    if many is not None:
+        return np.asarray(many(texts, progress=progress), dtype=np.float32)
+    parts = []
+    for start in range(0, len(texts), 64):
+        parts.append(embedder.embed(texts[start : start + 64]))
+        progress(min(start + 64, len(texts)), len(texts))
+    return np.concatenate(parts)
+
+
+def _unit_vectors(vectors: npt.NDArray[np.floating[Any]], count: int, dim: int) -> F32:
+    """Float32 vectors of unit norm; those that are off by more than fp16 rounding are refused or normalised."""
+    shape = tuple(np.shape(vectors))
+    if shape != (count, dim):
+        raise ResourceError(
+            f"vectors of shape {shape} do not fit {count:,} passages and an embedder of {dim} dimensions",
+            code="F063",
+            hint="one vector a passage, in the same order, from the same embedder",
+        )
+    data = np.ascontiguousarray(vectors, dtype=np.float32)
+    bad = np.flatnonzero(~np.isfinite(data).all(axis=1))
+    if len(bad):
+        raise ResourceError(
+            f"{len(bad):,} vectors hold NaN or infinity, the first one is that of passage {bad[0]}",
+            code="F063",
+            hint="look at that passage's text, or embed again",
+        )
+    norms = np.sqrt(np.einsum("ij,ij->i", data, data))
+    zero = np.flatnonzero(norms < 1e-6)
+    if len(zero):
+        raise ResourceError(
+            f"{len(zero):,} vectors are zero, the first one is that of passage {zero[0]}",
+            code="F063",
+            hint="embed again",
+        )
+    if float(np.abs(norms - 1).max()) > 2e-3:
+        data = data / norms[:, None]
+    return data
+
+
+def _train(faiss: Any, data: F32, plan: IndexPlan) -> Any:
+    dim = data.shape[1]
+    quantizer = faiss.IndexFlatIP(dim)
+    if plan.codec == "fp16":
+        kind = faiss.ScalarQuantizer.QT_fp16
+        index = faiss.IndexIVFScalarQuantizer(quantizer, dim, plan.nlist, kind, faiss.METRIC_INNER_PRODUCT, False)
+    else:
+        index = faiss.IndexIVFFlat(quantizer, dim, plan.nlist, faiss.METRIC_INNER_PRODUCT)
+    if plan.nlist == 1:
+        quantizer.add(data.mean(axis=0, keepdims=True))  # k-means of one list
+    index.cp.seed = _SEED
+    index.cp.min_points_per_centroid = 1  # no warning on stderr for the few vectors of a small index
+    index.train(data)
+    index.own_fields = True
+    quantizer.this.disown()
+    return index
+
+
+@contextlib.contextmanager
+def _omp_threads(faiss: Any, count: int) -> Iterator[None]:
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------------ scanning
+class _Lists:
+    """The inverted lists, read only: probe order, scan, order of results. Safe to use from several threads.
+
+    Never add to `index`: FAISS aborts the process when a mapped index grows.
+    """
+
+    def __init__(self, index: Any) -> None:
+        faiss = self._faiss = _faiss()
+        self._index = index
+        self.dim: int = index.d
+        self.count: int = index.ntotal
+        self.nlist: int = index.nlist
+        self._centroids = np.ascontiguousarray(index.quantizer.reconstruct_n(0, index.nlist))
+        lists = index.invlists
+        self.sizes: I64 = np.array([lists.list_size(n) for n in range(index.nlist)], dtype=np.int64)
+        self._params: dict[int, Any] = {}
+        self._ptr = faiss.swig_ptr
+
+    def nearest_lists(self, query: F32, nprobe: int, enough: int) -> I64:
+        """List numbers, nearest first: `nprobe` of them, or as many more as it takes to hold `enough` vectors."""
+        if self.nlist == 1:
+            return np.zeros(1, dtype=np.int64)
+        scores = np.empty(self.nlist, dtype=np.float32)
+        self._faiss.fvec_inner_products_ny(
+            self._ptr(scores), self._ptr(query), self._ptr(self._centroids), self.dim, self.nlist
+        )
+        np.negative(scores, out=scores)
+        if nprobe < self.nlist:
+            near = np.flatnonzero(scores <= np.partition(scores, nprobe - 1)[nprobe - 1])
+            near = near[np.argsort(scores[near], kind="stable")][:nprobe]
+            if int(self.sizes[near].sum()) >= enough:
+                return near
+        order = np.argsort(scores, kind="stable")
+        held = np.cumsum(self.sizes[order])
+        return order[: max(nprobe, int(np.searchsorted(held, enough)) + 1)]
+
+    def positions(self, wanted: I64) -> Iterator[tuple[int, list[int], I64]]:
+        """(list number, offsets in it, ids there) for those of the `wanted` ids, sorted, that each list holds."""
+        for number, size in enumerate(self.sizes.tolist()):
+            if size:
+                held = self._faiss.rev_swig_ptr(self._index.invlists.get_ids(number), size)
+                offsets = np.flatnonzero(np.isin(held, wanted, assume_unique=True))
+                yield number, offsets.tolist(), held[offsets]
+
+    def decode(self, number: int, offset: int) -> F32:
+        """The vector at a place of a list, as the scanner sees it."""
+        out = np.empty(self.dim, dtype=np.float32)
+        self._index.reconstruct_from_offset(number, offset, self._ptr(out))
+        return out
+
+    def search(self, queries: F32, k: Sequence[int], nprobe: Sequence[int]) -> list[tuple[F32, I64]]:
+        """For each query, scores and ids of its best k: fewer only where the index holds fewer. One FAISS call."""
+        if not len(queries):
+            return []
+        rows = [
+            self.nearest_lists(query, probes, min(want, self.count))
+            for query, want, probes in zip(queries, k, nprobe, strict=True)
+        ]
+        keep = min(max(k) + _SPARE, self.count)
+        scores, ids = self._scan(queries, rows, keep)
+        out = []
+        for row, want in enumerate(k):
+            kept_scores, kept_ids = scores[row], ids[row]
+            size = keep
+            held = int(self.sizes[rows[row]].sum())
+            # A full heap whose last entry ties with the k-th may have dropped an equal one with a smaller id.
+            while size < held and kept_scores[-1] == kept_scores[min(want, size) - 1]:
+                size = min(4 * size, held)
+                wider = self._scan(queries[row : row + 1], rows[row : row + 1], size)
+                kept_scores, kept_ids = wider[0][0], wider[1][0]
+            found = kept_ids >= 0
+            kept_scores, kept_ids = kept_scores[found], kept_ids[found]
+            order = np.lexsort((kept_ids, -kept_scores))[:want]
+            out.append((kept_scores[order], kept_ids[order]))
+        return out
+
+    def _scan(self, queries: F32, rows: Sequence[I64], keep: int) -> tuple[F32, I64]:
+        """The best `keep` of each query over its own lists, as FAISS orders them; -1 where there are fewer."""
+        queries = np.ascontiguousarray(queries)  # every array below must have a name while FAISS holds its address
+        width = max(len(row) for row in rows)
+        lists = np.full((len(rows), width), -1, dtype=np.int64)
+        for at, row in enumerate(rows):
+            lists[at, : len(row)] = row
+        coarse = np.zeros((len(rows), width), dtype=np.float32)
+        scores = np.empty((len(rows), keep), dtype=np.float32)
+        ids = np.empty((len(rows), keep), dtype=np.int64)
+        params = self._params.get(width)
+        if params is None:
+            params = self._params[width] = self._faiss.SearchParametersIVF(nprobe=width)
+        self._faiss.omp_set_num_threads(1)  # counted per calling thread, and this may be any worker
+        ptr = self._ptr
+        self._index.search_preassigned_c(
+            len(rows), ptr(queries), keep, ptr(lists), ptr(coarse), ptr(scores), ptr(ids), False, params
+        )
+        return scores, ids
+
+
+def own_queries(count: int, sample: int) -> I64:
+    rng = np.random.default_rng(_SEED)
+    return np.sort(rng.choice(count, size=min(sample, count), replace=False))
+
+
+def recall_table(
+    lists: _Lists, queries: F32, *, k: int = 10, own: I64 | None = None, stop_at: float | None = None
+) -> dict[int, float]:
+    """Recall@k by nprobe (powers of two), against a scan of every list, averaged over `queries`.
+
+    `own` gives the queries' ids if they are the index's own vectors: a vector does not count as its own result. With
+    `stop_at` the table ends at the first recall that reaches it.
+    """
+    skip = np.full(len(queries), -1) if own is None else own
+    more = k if own is None else k + 1
+
+    def results(nprobe: int) -> list[set[int]]:
+        found = lists.search(queries, [more] * len(queries), [nprobe] * len(queries))
+        return [set([i for i in ids.tolist() if i != s][:k]) for (_, ids), s in zip(found, skip, strict=True)]
+
+    exact = results(lists.nlist)
+    table: dict[int, float] = {}
+    nprobe = 1
+    while True:
+        got = exact if nprobe >= lists.nlist else results(nprobe)
+        share = [len(a & b) / len(b) for a, b in zip(got, exact, strict=True) if b]
+        table[min(nprobe, lists.nlist)] = round(float(np.mean(share)), 4) if share else 1.0
+        if nprobe >= lists.nlist or (stop_at is not None and table[nprobe] >= stop_at):
+            return table
+        nprobe *= 2
+
+
+def _choose_nprobe(lists: _Lists, data: F32) -> tuple[int, str]:
+    own = own_queries(len(data), _RECALL_SAMPLE)
+    table = recall_table(lists, data[own], own=own, stop_at=_RECALL_AIM)
+    nprobe = max(table)
+    return nprobe, (
+        f"nprobe {nprobe}: recall@10 {table[nprobe]:.3f} on {len(own)} of the index's own vectors "
+        f"(the first power of two to reach {_RECALL_AIM})"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the retriever
+class IVFRetriever:
+    """A mapped vector index, searched by text or by vector. Implements `flowc.runtime.protocols.Retriever`.
+
+    `embedder` may be a function that makes one; it is called at the first search by text, and its fingerprint compared
+    with the index's then (an embedder that is given as such is compared at once). Safe to use from several threads.
+    """
+
+    max_batch = 32
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        manifest: Manifest,
+        embedder: Embedder | Callable[[], Embedder],
+        *,
+        name: str | None = None,
+        verify: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.name = name or self.path.name
+        self.manifest = manifest
+        self._make: Callable[[], Embedder] | None = None
+        self._embedder: Embedder | None = None
+        if callable(embedder) and not hasattr(embedder, "embed"):
+            self._make = embedder
+        else:
+            self._embedder = self._fitting(cast(Embedder, embedder))
+        self._lock = threading.Lock()
+        folder = check_files(self.path, manifest, verify=verify)
+        faiss = _faiss()
+        try:
+            index = faiss.read_index(str(folder / _FILE), faiss.IO_FLAG_MMAP_IFC)
+        except (RuntimeError, MemoryError) as e:
+            raise damaged(self.path, f"{_FILE} cannot be read ({str(e).splitlines()[0] if str(e) else e!r})") from e
+        kind = faiss.IndexIVFScalarQuantizer if manifest.codec == "fp16" else faiss.IndexIVFFlat
+        found = (type(index), getattr(index, "nlist", 0), index.d, index.ntotal, index.metric_type)
+        wanted = (kind, manifest.nlist, self._info.dim, manifest.count, faiss.METRIC_INNER_PRODUCT)
+        if found != wanted:
+            raise damaged(self.path, f"{_FILE} is not the index that the manifest describes")
+        self._lists: _Lists | None = _Lists(index)
+        if int(self._lists.sizes.sum()) != manifest.count:
+            raise damaged(self.path, f"{_FILE} holds lists of {int(self._lists.sizes.sum()):,} vectors")
+        self.store = PassageStore(self.path, manifest)
+
+    @property
+    def _info(self) -> EmbedderInfo:
+        assert self.manifest.embedder is not None  # read_manifest and build_vectors both see to it
+        return self.manifest.embedder
+
+    @property
+    def embedder(self) -> Embedder:
+        """The embedder for queries, made now if it was not before. Raises `ResourceError` F063 if it does not fit."""
+        with self._lock:
+            if self._embedder is None:
+                assert self._make is not None
+                self._embedder = self._fitting(self._make())
+            return self._embedder
+
+    def _fitting(self, embedder: Embedder) -> Embedder:
+        info = self._info
+        if embedder.dim != info.dim:
+            raise ResourceError(
+                f"the index at {self.path} holds vectors of {info.dim} numbers, the embedder makes {embedder.dim}",
+                code="F063",
+                hint=f"open it with the embedder {info.spec!r}, or build it again with this one",
+            )
+        if embedder.fingerprint != info.fingerprint:
+            raise ResourceError(
+                f"the index at {self.path} was made with another embedder:\n"
+                f"  index    {info.fingerprint}\n  embedder {embedder.fingerprint}",
+                code="F063",
+                hint=f"open it with the embedder {info.spec!r}, or build it again with this one",
+            )
+        return embedder
+
+    @property
+    def lists(self) -> _Lists:
+        if self._lists is None:
+            raise ResourceError(f"the index at {self.path} was closed", code="F060", hint="open it again")
+        return self._lists
+
+    def batch_key(self, request: SearchRequest) -> Hashable:
+        """All searches of one index share batches: k and nprobe are the request's own even there."""
+        return ("search", self.name, self.manifest.generation)
+
+    def search(self, requests: Sequence[SearchRequest]) -> Sequence[Docs | Exception]:
+        """The best k passages of every request, or the error of that request, in order.
+
+        Scores are inner products of unit vectors (cosines), equal ones in order of id. Fewer than k passages come back
+        only if the index holds fewer. Queries are embedded in one call, each distinct text once, and searched in one.
+        """
+        out: list[Docs | Exception | None] = [check_request(r) for r in requests]
+        ready = [n for n, error in enumerate(out) if error is None]
+        texts = list(dict.fromkeys(requests[n].query for n in ready))
+        vectors = dict(zip(texts, self._embed(texts), strict=True))
+        good = []
+        for n in ready:
+            vector = vectors[requests[n].query]
+            if isinstance(vector, Exception):
+                out[n] = vector
+            else:
+                good.append((n, vector))
+        if good:
+            try:
+                nprobes = [min(requests[n].nprobe or self.manifest.nprobe, self.manifest.nlist) for n, _ in good]
+                found = self.lists.search(np.stack([v for _, v in good]), [requests[n].k for n, _ in good], nprobes)
+            except FlowcError as e:
+                found = []
+                for n, _ in good:
+                    out[n] = e
+            for (n, _), (scores, ids) in zip(good, found, strict=False):
+                try:
+                    out[n] = Docs(self.store.doc(i, s) for i, s in zip(ids.tolist(), scores.tolist(), strict=True))
+                except FlowcError as e:
+                    out[n] = e
+        return [r if r is not None else AssertionError("unreachable") for r in out]
+
+    def search_vectors(self, vectors: npt.ArrayLike, k: int, nprobe: int | None = None) -> tuple[F32, I64]:
+        """Scores and ids of shape (len(vectors), min(k, number of passages)), best first.
+
+        Raises `ResourceError` F063 for a wrong dimension, NaN, k < 1 or nprobe < 1.
+        """
+        error = check_request(SearchRequest("", k, nprobe))
+        if error is not None:
+            raise error
+        queries = np.ascontiguousarray(vectors, dtype=np.float32)
+        if queries.ndim != 2 or queries.shape[1] != self._info.dim:
+            raise ResourceError(
+                f"query vectors of shape {queries.shape} do not fit an index of {self._info.dim} dimensions",
+                code="F063",
+                hint=f"one row a query, of {self._info.dim} numbers",
+            )
+        if not np.isfinite(queries).all():
+            raise ResourceError("a query vector holds NaN or infinity", code="F063", hint="look at what embedded it")
+        probes = min(nprobe or self.manifest.nprobe, self.manifest.nlist)
+        k = min(k, self.manifest.count)
+        rows = self.lists.search(queries, [k] * len(queries), [probes] * len(queries))
+        scores = np.array([row[0] for row in rows], dtype=np.float32).reshape(-1, k)
+        ids = np.array([row[1] for row in rows], dtype=np.int64).reshape(-1, k)
+        return scores, ids
+
+    def vectors(self, ids: Sequence[int] | I64) -> F32:
+        """The stored vectors of these passages as float32, of shape (len(ids), dim). Reads every list's ids."""
+        lists = self.lists
+        wanted, row_of = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
+        out = np.empty((len(wanted), self._info.dim), dtype=np.float32)
+        left = len(wanted)
+        for number, offsets, held in lists.positions(wanted):
+            for offset, at in zip(offsets, np.searchsorted(wanted, held).tolist(), strict=True):
+                out[at] = lists.decode(number, offset)
+                left -= 1
+        if left:
+            raise ResourceError(f"the index at {self.path} does not hold {left} of the passages asked for", code="F063")
+        return out[row_of]
+
+    def close(self) -> None:
+        """Lets go of the files. A search after this answers with `ResourceError` F060."""
+        self._lists = None
+        self.store.close()
+
+    def _embed(self, texts: Sequence[str]) -> list[F32 | Exception]:
+        """A finite vector for each text, or the reason why not. One bad text does not spoil the others."""
+        if not texts:
+            return []
+        try:
+            embedder = self.embedder
+        except FlowcError as e:
+            return [e] * len(texts)
+        try:
+            vectors = np.asarray(embedder.embed(texts), dtype=np.float32)
+        except Exception as e:
+            if len(texts) == 1:
+                return [e]
+            return [self._embed([text])[0] for text in texts]
+        if vectors.shape != (len(texts), self._info.dim):
+            error = ResourceError(
+                f"the embedder gave vectors of shape {vectors.shape}, not ({len(texts)}, {self._info.dim})",
+                code="F063",
+                hint="an embedder gives back one row a text",
+            )
+            return [error] * len(texts)
+        nan = "the embedder gave a vector with NaN or infinity"
+        return [
+            vector if np.isfinite(vector).all() else ResourceError(nan, code="F063", hint=f"query: {text[:80]!r}")
+            for vector, text in zip(vectors, texts, strict=True)
+        ]
+
+
+def check_request(request: SearchRequest) -> ResourceError | None:
+    """What is wrong with the numbers of a request, if anything."""
+    for name, value in (("k", request.k), ("nprobe", request.nprobe)):
+        if name == "nprobe" and value is None:
+            continue
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+            return ResourceError(f"{name} must be an integer from 1, found {value!r}", code="F063")
+    return None
