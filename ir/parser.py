@@ -490,7 +490,7 @@ def _line_of(ops: Sequence[_Op], name: str) -> int | None:
 
 
 def _link(flows: list[_Workflow]) -> Graph:
-    """The first workflow, holding those it calls. Without `calls` these are the ones that its body calls and the text defines."""
+    """The first workflow, holding those it calls: what stands after `calls`, or the ones that its body calls."""
     by_name: dict[str, _Workflow] = {}
     for flow in flows:
         name = _bare(flow.name)
@@ -579,6 +579,10 @@ def _expectation(terminals: set[str], lark: Lark) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
+def _expected(error: UnexpectedToken | UnexpectedEOF) -> set[str]:
+    return {str(t) for t in (isinstance(error, UnexpectedToken) and error.accepts) or error.expected}
+
+
 def _explain(error: UnexpectedInput, text: str, lark: Lark) -> tuple[str, str | None, int, int, int]:
     """(message, hint, line, column, width) of lark's complaint; line and column count from 1."""
     hint = None
@@ -586,15 +590,15 @@ def _explain(error: UnexpectedInput, text: str, lark: Lark) -> tuple[str, str | 
         lines = text.split("\n")
         while len(lines) > 1 and not lines[-1].strip():
             lines.pop()
-        expected = error.accepts if isinstance(error, UnexpectedToken) else set(error.expected)
         if not text.strip():
             return "the text is empty", "a workflow begins with `workflow @name(...) -> type {`", 1, 1, 1
+        expected = _expected(error)
         if "RBRACE" in expected:
             hint = "a `{` has no `}`"
         return f"the text ends here; expected {_expectation(expected, lark)}", hint, len(lines), len(lines[-1]) + 1, 1
     if isinstance(error, UnexpectedToken):
         token = error.token
-        expected = set[str](error.accepts or error.expected)
+        expected = _expected(error)
         shown = str(token).split("\n")[0]
         message = f"unexpected `{shown[:40]}`; expected {_expectation(expected, lark)}"
         if "LOC" in expected and token == "loc":
@@ -616,7 +620,7 @@ def _explain(error: UnexpectedInput, text: str, lark: Lark) -> tuple[str, str | 
         message = "this text has no closing quote on its line"
         if text.startswith('"""', error.pos_in_stream or 0):
             message = 'this block is not closed, or does not begin with a line of `"""` alone'
-        hint = 'a line break in a text is `\\n`; a block begins with `"""` at the end of a line and ends with `"""` on its own line'
+        hint = 'a line break in a text is `\\n`; a block is `"""`, whole lines, and `"""` at the beginning of a line'
     else:
         message = f"unexpected character {char!r}; expected {_expectation(set(error.allowed or ()), lark)}"
     if char == "'":

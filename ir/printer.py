@@ -8,9 +8,9 @@
     }
 
 One operation a line, in program order; nothing on a line depends on another line, so that diffs are small. A region
-with `seq` before its brace runs in exactly this order; one without it waits for data and effects only. Attributes stand in the
-order of the op table, and an operation's main attribute stands up front (`LEADING`, `SYMBOLS`). A location without a file
-is in the workflow's own file; columns count from 1 and include the last. `docs/ir.md` is the whole reference.
+with `seq` before its brace runs in exactly this order; one without it waits for data and effects only. Attributes stand
+in the order of the op table, and an operation's main attribute stands up front (`LEADING`, `SYMBOLS`). A location
+without a file is in the workflow's own file; columns count from 1 and include the last.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def quote(text: str) -> str:
 
 
 def print_literal(value: object) -> str:
-    """An attribute's value as text. Integers of thousands of digits are written in base 16, which has no length limit."""
+    """An attribute's value as text. Integers of thousands of digits are in base 16, which has no length limit."""
     match value:
         case None:
             return "none"
@@ -218,8 +218,8 @@ class _Printer:
         names = list(spec.regions) if spec else []
         if names and names[-1] == "*handlers":
             handlers = op.attrs.get("handlers")
-            are_valid = type(handlers) is tuple and _are_names(handlers, len(op.regions) - 1)
-            shown = handlers if are_valid else ("",) * len(op.regions)
+            are_valid = _are_names(handlers, len(op.regions) - 1)
+            shown = handlers if are_valid and type(handlers) is tuple else ("",) * len(op.regions)
             names[-1:] = [f"except {quote(str(h))}" if h else "except" for h in shown]
         for i in range(len(op.regions)):
             yield names[i] if i < len(names) else "body"

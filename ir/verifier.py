@@ -107,6 +107,12 @@ def _type_names(types: Iterable[type]) -> str:
     return " or ".join(names.get(t, t.__name__) for t in types)
 
 
+def _texts(op: Op, attr: str) -> tuple[str, ...]:
+    """An attribute that is a tuple of texts (`attrs` has seen to that); empty if it is absent."""
+    value = op.attrs.get(attr)
+    return tuple(map(str, value)) if isinstance(value, tuple) else ()
+
+
 def _is_attr(value: object) -> bool:
     if type(value) is tuple:
         return all(map(_is_attr, value))
@@ -159,8 +165,7 @@ class _Verifier:
         return f"`%{value.name}` is what `{maker.name}` gives{at}"
 
     def mismatch(self, op: Op, role: str, wanted: Type, value: Value) -> NoReturn:
-        resource = op.attrs.get("resource") or op.attrs.get("callee")
-        on = f" @{resource}" if resource else ""
+        on = f" @{op.attr('resource') or op.attr('callee')}" if "resource" in op.attrs or "callee" in op.attrs else ""
         self.fail(
             f"`{op.name}{on}` takes {a(wanted)} as {role}, but is given {a(value.type)}",
             op,
@@ -246,8 +251,7 @@ class _Verifier:
                 self.fail(f"`{op.name}` names no {name}", op, "F025")
 
     def operands(self, op: Op, spec: OpSpec) -> None:
-        kw = op.attrs.get("kw") or ()
-        assert isinstance(kw, tuple)
+        kw = _texts(op, "kw")
         first = len(op.operands) - len(kw)
         if first < 0:
             self.fail(
@@ -267,9 +271,9 @@ class _Verifier:
         for name, value in zip(kw, op.operands[first:], strict=True):
             if op.name == "tool":
                 continue  # its signature is the tool's business
-            wanted_type = spec.optional.get(str(name))
+            wanted_type = spec.optional.get(name)
             if wanted_type is None:
-                close = get_close_matches(str(name), spec.optional, 1)
+                close = get_close_matches(name, spec.optional, 1)
                 known = ", ".join(spec.optional) or "none"
                 hint = f"did you mean `{close[0]}`?" if close else f"it has: {known}"
                 self.fail(f"`{op.name}` has no keyword operand `{name}`", op, "F023", hint)
@@ -303,20 +307,19 @@ class _Verifier:
         if slots != len(op.operands):
             given = _plural(len(op.operands), "operand")
             self.fail(f"the text of `template` has {_plural(slots, 'slot')} for {given}", op)
-        formats = op.attrs.get("formats")
-        if isinstance(formats, tuple) and len(formats) != slots:
+        formats = _texts(op, "formats")
+        if "formats" in op.attrs and len(formats) != slots:
             self.fail(f"`template` has {_plural(len(formats), 'format')} for {_plural(slots, 'slot')}", op)
 
     def names(self, op: Op, attr: str, values: Sequence[Value]) -> None:
-        names = op.attrs.get(attr, ())
-        assert isinstance(names, tuple)
+        names = _texts(op, attr)
         if len(names) != len(values):
             given = _plural(len(values), "operand" if attr == "params" else "result")
             self.fail(f"`{op.name}` has {_plural(len(names), 'name')} in `{attr}` for {given}", op, "F026")
         if len(set(names)) != len(names):
             self.fail(f"`{op.name}` has a name twice in `{attr}`", op, "F026")
         for name in names:
-            if not _is_identifier(str(name)):
+            if not _is_identifier(name):
                 self.fail(f"{print_literal(name)} in `{attr}` of `{op.name}` is no Python name", op, "F026")
 
     def py(self, op: Op) -> None:
@@ -415,8 +418,7 @@ class _Verifier:
             self.flow(op, result.type, v.type, f"result `{result}`")  # of a loop over nothing
 
     def try_(self, op: Op) -> None:
-        handlers = op.attrs["handlers"]
-        assert isinstance(handlers, tuple)
+        handlers = _texts(op, "handlers")
         if len(op.regions) != 1 + len(handlers):
             found = _plural(len(op.regions) - 1, "handler region")
             self.fail(f"`try` has {_plural(len(handlers), 'handler')} for {found}", op)
@@ -429,7 +431,7 @@ class _Verifier:
             if len(region.params) != 1:
                 self.fail(f"region `{name}` of `try` has 1 parameter, the error, here {len(region.params)}", op)
             self.gives(op, region, name)
-            problem = _python_error(str(text), True) if text else None
+            problem = _python_error(text, True) if text else None
             if problem is not None:
                 self.fail(f"the handler {text!r} is no Python expression: {problem}", op, "F026")
 
