@@ -23,10 +23,11 @@ PINS = ROOT / "constraints" / "constraints.txt"
 
 def package_folders() -> dict[str, Path]:
     """The package name of every folder on disk that holds Python files, with that folder."""
-    found = {"flowc": ROOT / "src" / "flowc"}
-    for folder in FOLDERS:
-        for path in (ROOT / folder).rglob("*.py"):
-            found[".".join(["flowc", *path.parent.relative_to(ROOT).parts])] = path.parent
+    found = {}
+    for top, base in [("src/flowc", ROOT / "src"), *((folder, ROOT) for folder in FOLDERS)]:
+        for path in (ROOT / top).rglob("*.py"):  # which does not enter links
+            parts = path.parent.relative_to(base).parts
+            found[".".join(parts if base != ROOT else ("flowc", *parts))] = path.parent
     return found
 
 
@@ -132,10 +133,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, source / folder, ignore=skip)
-    (source / "src" / "flowc").mkdir(parents=True)
-    for path in (ROOT / "src" / "flowc").iterdir():
-        if path.is_file():
-            shutil.copy(path, source / "src" / "flowc")
+    shutil.copytree(ROOT / "src", source / "src", symlinks=True, ignore=skip)
+    for folder in FOLDERS:
+        (source / "src" / "flowc" / folder).unlink()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     target = tmp_path_factory.mktemp("wheel")
