@@ -463,7 +463,7 @@ class _Resolver:
         return tuple(done)
 
 
-_EXAMPLES: Final = {"list": "list<text>", "set": "set<text>", "dict": "dict<text, int>"}
+_EXAMPLES: Final = {name: f"{name}<{', '.join(['text'] * (count or 0))}>" for name, count in ARITY.items()}
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -601,13 +601,13 @@ def _explain(error: UnexpectedInput, text: str, lark: Lark) -> tuple[str, str | 
         expected = _expected(error)
         shown = str(token).split("\n")[0]
         message = f"unexpected `{shown[:40]}`; expected {_expectation(expected, lark)}"
-        if "LOC" in expected and token == "loc":
+        if "LOC" in expected and shown == "loc":
             hint = 'a location is `loc("file.py":LINE:COLUMN-COLUMN)`, or `loc(LINE)` in the workflow\'s own file'
         elif token.type == "EQUAL" and error.token_history and error.token_history[-1].type == "NAME":
             hint = f"a value's name begins with `%`: write `%{error.token_history[-1]} = ...`"
-        elif token == "return" and "YIELD" in expected:
+        elif shown == "return" and "YIELD" in expected:
             hint = "a region inside an operation ends with `yield`; `return` ends the workflow"
-        elif token == "yield" and "RETURN" in expected:
+        elif shown == "yield" and "RETURN" in expected:
             hint = "a workflow ends with `return`; `yield` ends a region inside an operation"
         elif "EQUAL" in expected and re.search(r"(^|[{;])\s*(return|yield)\b", text.split("\n")[(token.line or 1) - 1]):
             hint = "a workflow ends with `return`, a region inside an operation with `yield`"
