@@ -43,8 +43,9 @@ test: $(DEV) ## run the test suite (SEED=, JOBS=, ARGS=)
 test-quick: $(DEV) ## the tests that take no models and no more than seconds
 	@$(PYTEST) -n $(JOBS) --dist loadfile -m "not wheel and not slow and not models" $(ARGS)
 
-lint: $(DEV) ## ruff
+lint: $(DEV) ## ruff: rules and layout
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet . || { echo "some files are laid out otherwise: make format" >&2; exit 1; }
 
 format: $(DEV) ## ruff, repairing what it can
 	@$(BIN)/ruff check --fix .
