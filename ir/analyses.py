@@ -196,8 +196,8 @@ def critical_path(
 ) -> CriticalPath:
     """The longest chain of waiting through a workflow or region, with as many processors as it has use for.
 
-    An `if` takes the mean of its regions by `branches` (`branch_probabilities`; 0.5 without) and shows the likelier, the
-    slower if both are equally likely. A loop takes `trips(op)` times one iteration (3, or its bound, without), a
+    An `if` takes the mean of its regions by `branches` (`branch_probabilities`; 0.5 without) and shows the likelier,
+    or the slower if both are equally likely. A loop takes `trips(op)` times one iteration (3, or its bound, without), a
     parallel `foreach` one iteration; a `try` takes its body. A called workflow is entered once where `where` holds it.
     """
     own = costs if callable(costs) else lambda op: OPS[op.name].cost_s(op, costs)
@@ -268,12 +268,12 @@ def _bounded(op: Op) -> float:
 def steps_to_execution(graph: Graph) -> dict[int, int]:
     """`id(op)` of each lane operation -> how many lane operations in a row end, at the fewest, before it can begin.
 
-    An op waits for all it depends on (AND join: the largest of their steps, one more past a lane operation). What an `if`
-    gives is there after either region (OR join: the smallest). A loop's body counts from its first iteration, which is
-    the fixpoint of the smallest; what follows a loop that may end at once counts from its entry.
+    An op waits for all it depends on (AND join: the largest of their steps, one more past a lane operation).
+    What an `if` gives is there after either region (OR join: the smallest). A loop's body counts from its first
+    iteration, which is the fixpoint of the smallest; what follows a loop that may end at once counts from its entry.
 
-    After Pan et al., "KVFlow: Efficient Prefix Caching for Accelerating LLM-Based Multi-Agent Workflows", 2025: there the
-    number ranks cached prefixes, and the one farthest from its next use is evicted first.
+    After Pan et al., "KVFlow: Efficient Prefix Caching for Accelerating LLM-Based Multi-Agent Workflows", 2025: there
+    the number ranks cached prefixes, and the one farthest from its next use is evicted first.
     """
     steps: dict[int, int] = {}
 
@@ -359,7 +359,7 @@ class StaticPrefix:
 
 
 def late_values(graph: Graph) -> frozenset[str]:
-    """Names of the values that depend on a lane operation: by data, by the branch or loop that gives them, by a cell."""
+    """Names of the values that depend on a lane operation: by data, by a cell, or by the branch that gives them."""
     late: set[str] = set()
     stored = {op.operands[0].name for op in walk(graph.body) if op.name == "store"}
 

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
-from importlib.resources import files
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from lark import Lark, Token, Transformer
@@ -40,6 +40,12 @@ _LOC = re.compile(r'loc\((?:("(?:[^"\\]|\\.)*"):?)?(?:(\d+)(?::(\d+)(?:-(\d+))?)
 class _Type(NamedTuple):
     name: Token
     args: tuple[_Type, ...]
+    depth: int
+
+
+class _Literal(NamedTuple):
+    value: Attr
+    depth: int
 
 
 class _Param(NamedTuple):
@@ -64,10 +70,10 @@ class _Region(NamedTuple):
 class _Op(NamedTuple):
     results: list[Token]
     name: Token
-    lead: tuple[Any, ...] | None  # (value,)
+    lead: _Literal | None
     symbol: Token | None
     operands: list[_Operand]
-    attrs: list[tuple[Token, Any]]
+    attrs: list[tuple[Token, Attr]]
     types: list[_Type]
     loc: Token | None
     regions: list[_Region]
@@ -199,9 +205,9 @@ class _Records(Transformer[Token, list[_Workflow]]):
     def yield_(self, items: list[list[Token]]) -> list[Token]:
         return items[0]
 
-    def attr(self, items: list[Any]) -> tuple[Token, Any]:
-        name, (value,) = items
-        return name, value
+    def attr(self, items: list[Any]) -> tuple[Token, Attr]:
+        name, literal = items
+        return name, literal.value
 
     def params(self, items: list[_Param]) -> tuple[_Param, ...]:
         return tuple(items)
@@ -210,19 +216,24 @@ class _Records(Transformer[Token, list[_Workflow]]):
         return _Param(*items)
 
     def type(self, items: list[Any]) -> _Type:
-        return _Type(items[0], tuple(t for t in items[1:] if t is not None))
+        name, *args = items
+        types = tuple(t for t in args if t is not None)
+        return _Type(name, types, _deeper(types, name) if types else 0)
 
-    def literal(self, items: list[Any]) -> tuple[Attr]:
-        token = items[0]
-        if not isinstance(token, Token):
-            return token  # type: ignore[no-any-return]
-        return (_LITERALS[token.type](token),)
+    def literal(self, items: list[Any]) -> _Literal:
+        (item,) = items
+        return _Literal(_LITERALS[item.type](item), 0) if isinstance(item, Token) else item
 
-    def empty(self, items: list[object]) -> tuple[Attr]:
-        return ((),)
+    def tuple(self, items: list[Any]) -> _Literal:
+        parts = [i for i in items if isinstance(i, _Literal)]
+        return _Literal(tuple(p.value for p in parts), _deeper(parts, items[0]))
 
-    def tuple(self, items: list[Any]) -> tuple[Attr]:
-        return (tuple(value for (value,) in items),)
+
+def _deeper(parts: Sequence[_Type | _Literal], token: Token) -> int:
+    depth = 1 + max((p.depth for p in parts), default=0)
+    if depth > MAX_DEPTH:
+        raise _Malformed(token, f"nested more than {MAX_DEPTH} deep")
+    return depth
 
 
 setattr(_Records, "return", _Records.yield_)
@@ -242,7 +253,7 @@ _LITERALS: Final[dict[str, Callable[[Token], Attr]]] = {
 
 @lru_cache(maxsize=1)
 def _lark() -> Lark:
-    grammar = files(__package__).joinpath("grammar.lark").read_text(encoding="utf-8")
+    grammar = Path(__file__).with_name("grammar.lark").read_text(encoding="utf-8")
     return Lark(grammar, parser="lalr", lexer="contextual", transformer=_Records(), maybe_placeholders=True)
 
 
@@ -382,7 +393,7 @@ class _Resolver:
                 raise _Malformed(token, f"attribute `{key}` is given twice")
             attrs[key] = value
         if op.lead is not None:
-            self.main_attr(op, attrs, LEADING.get(name), op.lead[0], "literal")
+            self.main_attr(op, attrs, LEADING.get(name), op.lead.value, "literal")
         if op.symbol is not None:
             self.main_attr(op, attrs, SYMBOLS.get(name), _bare(op.symbol), "@name")
         operands = tuple([self.use(o.value) for o in op.operands])

@@ -27,9 +27,9 @@ def to_networkx(graph: Graph) -> View:
     of the op that holds that region, or None), `name` (of the operation or value), `values` (names of what it defines),
     and for operations `position`, `lane`, `level` of nesting, `text` (one line of IR), `loc`, `op` (the Op itself).
 
-    Edge attribute `kind`: "data" (from where a value is defined to the op that takes it, in whatever region; `values` are
-    the names that go along), "order" (effects keep the two in program order), "yield" (a value leaves its region and goes
-    to the op that holds it). The graph is acyclic: a loop's way back is its "yield".
+    Edge attribute `kind`: "data" (from where a value is defined to the op that takes it, in whatever region; `values`
+    are the names that go along), "order" (effects keep the two in program order), "yield" (a value leaves its region
+    and goes to the op that holds it). The graph is acyclic: a loop's way back is its "yield".
     """
     import networkx as nx
 
