@@ -225,7 +225,7 @@ OPS: dict[str, OpSpec] = {
             "search",
             "The `k` passages of an index nearest to a text, best first.",
             (TEXT,),
-            optional={"k": INT, "nprobe": INT},
+            optional={"k": INT, "nprobe": INT, "timeout": ANY},
             results=(DOCS,),
             attrs={
                 **_RESOURCE, **_KW, **_EFFECT,
@@ -240,7 +240,7 @@ OPS: dict[str, OpSpec] = {
             "rerank",
             "The `k` best of the passages for a text, by a cross-encoder.",
             (TEXT, DOCS),
-            optional={"k": INT},
+            optional={"k": INT, "timeout": ANY},
             results=(DOCS,),
             attrs={**_RESOURCE, **_KW, **_EFFECT, "k": AttrSpec(_INT, "how many passages to keep"), "timeout": _TIMEOUT},
             effect=RAISES, lane="rerank", batch_key=("resource",), has_resource=True, cost_s=lambda op, r: 8 * r["rerank_s_per_doc"],
@@ -249,7 +249,7 @@ OPS: dict[str, OpSpec] = {
             "generate",
             "What the model writes after a prompt.",
             (TEXT,),
-            optional={"max_tokens": INT, "temperature": ANY, "top_p": ANY, "top_k": INT, "stop": ANY, "seed": ANY},
+            optional={"max_tokens": INT, "temperature": ANY, "top_p": ANY, "top_k": INT, "stop": ANY, "seed": ANY, "timeout": ANY},
             results=(TEXT,),
             attrs={**_RESOURCE, **_KW, **_EFFECT, **_SAMPLING, "timeout": _TIMEOUT},
             effect=RAISES, lane="llm", batch_key=("resource",), is_elastic=True, has_resource=True, cost_s=_generate_s,
@@ -266,7 +266,7 @@ OPS: dict[str, OpSpec] = {
             "parse",
             "An object of the pydantic model `model`, written by the language model as JSON after the prompt.",
             (TEXT,),
-            optional={"max_tokens": INT, "temperature": ANY, "seed": ANY},
+            optional={"max_tokens": INT, "temperature": ANY, "seed": ANY, "timeout": ANY},
             attrs={
                 **_RESOURCE, **_KW, **_EFFECT, **_SAMPLING,
                 "model": AttrSpec(_STR, "the pydantic model's name in the workflow's symbols", required=True),
@@ -367,3 +367,10 @@ def keyword_operands(op: Op) -> dict[str, int]:
     names = _texts(op.attrs.get("kw"))
     first = len(op.operands) - len(names)
     return {name: first + i for i, name in enumerate(names)}
+
+
+SCHEDULE_ATTRS: dict[str, AttrSpec] = {
+    "wave": AttrSpec(_INT, "level of the op among its region's lane operations: equal levels of many programs run as one batch"),
+    "batch": AttrSpec(_STR, "operations with equal batch keys may share a backend call, across programs too"),
+}
+"""What the scheduling passes write on any op."""

@@ -1,7 +1,8 @@
 """Types of IR values. A type says what a value is and, through `is_immutable`, who may change it meanwhile.
 
-`list<T>`, `set` and `dict` are *value* types here: the frontend gives them only to objects that nobody else holds, so that
-nothing can change them while a parallel operation reads them. A Python object that may be shared is `any`.
+`list<T>` is a *value* type here: the frontend gives it only to lists that nobody else holds, so that nothing can change
+them while a parallel operation reads them. A built-in list or tuple that others may hold is a `sequence<T>` (iterating
+does not use it up); any other Python object is `any`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ NEVER = Type("never")  # of a value that is never read: the variable is unbound 
 
 SCALARS = frozenset({TEXT, INT, FLOAT, BOOL, NONE, BYTES})
 ATOMS = {t.name: t for t in (*SCALARS, DOC, DOCS, VECTOR, RANGE, ANY, NEVER)}
-ARITY = {"list": 1, "set": 1, "dict": 2, "tuple": None}  # None: any number
+ARITY = {"list": 1, "sequence": 1, "tuple": None}  # None: any number
 
 _PYTHON: dict[type, Type] = {str: TEXT, int: INT, float: FLOAT, bool: BOOL, type(None): NONE, bytes: BYTES, range: RANGE}
 
@@ -37,15 +38,19 @@ def list_of(item: Type) -> Type:
     return Type("list", (item,))
 
 
+def sequence_of(item: Type) -> Type:
+    return Type("sequence", (item,))
+
+
 def tuple_of(*items: Type) -> Type:
     return Type("tuple", items)
 
 
 def is_immutable(t: Type) -> bool:
     """Can nobody change a value of this type while another operation reads it?"""
-    if t.name in ARITY:
+    if t.name in ("list", "tuple"):
         return all(map(is_immutable, t.args))
-    return t not in (ANY, VECTOR)
+    return t not in (ANY, VECTOR) and t.name != "sequence"
 
 
 def is_scalar(t: Type) -> bool:
@@ -55,7 +60,7 @@ def is_scalar(t: Type) -> bool:
 
 def item_type(t: Type) -> Type:
     """The type of what iterating over a value of type `t` gives."""
-    if t.name in ("list", "set", "dict"):
+    if t.name in ("list", "sequence"):
         return t.args[0]
     if t.name == "tuple":
         return join(*t.args) if t.args else ANY
@@ -95,6 +100,9 @@ def type_of(value: object) -> Type:
         return found
     if type(value) is tuple:
         return tuple_of(*map(type_of, value))
+    if type(value) is list:
+        kinds = {type(item) for item in value}
+        return sequence_of(_PYTHON.get(kinds.pop(), ANY) if len(kinds) == 1 else ANY)
     return ATOMS["docs"] if type(value).__name__ == "Docs" else ATOMS["doc"] if type(value).__name__ == "Doc" else ANY
 
 

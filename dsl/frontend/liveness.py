@@ -51,6 +51,8 @@ def binds(node: ast.AST | Iterable[ast.AST]) -> set[str]:
             return
         if isinstance(n, ast.Name) and isinstance(n.ctx, (ast.Store, ast.Del)) and n.id not in comprehension:
             found.add(n.id)
+        elif (name := appended(n)) is not None:
+            found.add(name)
         elif isinstance(n, ast.ExceptHandler) and n.name:
             found.add(n.name)
         elif isinstance(n, (ast.Import, ast.ImportFrom)):
@@ -65,6 +67,14 @@ def binds(node: ast.AST | Iterable[ast.AST]) -> set[str]:
     for top in [node] if isinstance(node, ast.AST) else list(node):
         visit(top, frozenset())
     return found
+
+
+def appended(node: ast.AST) -> str | None:
+    """The variable of a statement `name.append(item)`, which rebinds it where its list is a value."""
+    match node:
+        case ast.Expr(ast.Call(ast.Attribute(ast.Name(id=name), "append"), [item], [])) if not isinstance(item, ast.Starred):
+            return name
+    return None
 
 
 def exits(node: ast.AST | Sequence[ast.AST]) -> set[str]:
@@ -116,6 +126,7 @@ class Liveness:
     def __init__(self, body: Sequence[ast.stmt]) -> None:
         self.after: dict[int, frozenset[str]] = {}
         self.head: dict[int, frozenset[str]] = {}  # of a loop: read by the next turn before it is bound there
+        self.done: dict[int, frozenset[str]] = {}  # of a loop: read after it, in its `else` or later
         self.handlers: dict[int, frozenset[str]] = {}  # of a try: read by its handlers or its finally
         self.at_entry = self._block(body, frozenset({RETURN_VALUE}), None, None, frozenset())
 
@@ -165,6 +176,7 @@ class Liveness:
                         break
                     head = grown
                 self.head[id(s)] = (body - targets) | test
+                self.done[id(s)] = after_loop | live
                 extra = reads(s.iter) if not isinstance(s, ast.While) else set()
                 return head | extra
             case ast.Try() | ast.TryStar():

@@ -1,0 +1,337 @@
+"""Calls that are operations: of resources, tools, other workflows and agents; asyncio's ways to start several."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flowc.ir.core import Attr, Scope, Value
+from flowc.ir.ops import Effect, effect_of_region
+from flowc.ir.types import ANY, DOCS, TEXT, VECTOR, Type, is_immutable, item_type
+
+from .. import resources as resources_module
+from ..resources import Resource, chat_prompt
+from ..tools import Tool
+from .expressions import Expressions
+from .names import MISSING
+from .purity import PURE, Info, Site, result_type
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_RESULTS: dict[str, Type] = {"generate": TEXT, "choose": TEXT, "parse": ANY, "search": DOCS, "rerank": DOCS, "embed": VECTOR}
+_OPERANDS = {"generate": ("prompt",), "choose": ("prompt", "options"), "parse": ("prompt",), "search": ("query",), "rerank": ("query", "docs"), "embed": ("text",)}
+_CHAT_SCOPE = "flowc.dsl.resources:LLM"
+
+
+class Calls(Expressions):
+    """Lowers calls of what the graph has operations for."""
+
+    # -- what is called
+    def target(self, node: ast.Call) -> tuple[str, Any] | None:
+        """(kind, object) of a call that is an operation: kind is "resource", "tool", "workflow" or "invoke"."""
+        if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
+            return None  # star arguments stay Python: the call runs at once, inside its node
+        found = self.resolver.resolve(node.func)
+        if found is MISSING:
+            return None
+        bound = getattr(found, "__self__", None)
+        if isinstance(bound, Resource) and found.__name__ in bound.operations:
+            return ("resource", found) if _fits(inspect.signature(found), node) else None
+        if isinstance(found, Tool):
+            return ("tool", found) if _fits(found.signature, node) else None
+        if getattr(bound, "__flowc_workflow__", False) and found.__name__ == "aio":
+            found = bound
+        if getattr(found, "__flowc_workflow__", False):
+            return ("workflow", found) if _fits(found.signature, node) else None
+        if getattr(found, "__flowc_invoke__", False):
+            return "invoke", found
+        return None
+
+    def is_operation(self, node: ast.Call) -> bool:
+        return self.target(node) is not None
+
+    def _gives_awaitable(self, node: ast.Call, kind: str, found: Any) -> bool:
+        if kind == "tool":
+            return bool(found.is_async)
+        if kind == "workflow":
+            return self.is_async if getattr(found, "__flowc_agent__", False) else bool(found.is_async) or _is_aio(self.resolver.resolve(node.func))
+        return self.is_async and kind == "resource"
+
+    def operation_type(self, node: ast.Call) -> Type:
+        found = self.target(node)
+        if found is None or self._gives_awaitable(node, *found):
+            return ANY
+        kind, callee = found
+        return _RESULTS[callee.__self__.operations[callee.__name__]] if kind == "resource" else ANY
+
+    def lower_call(self, node: ast.Call, hint: str) -> Value | None:
+        """The value of a call that is an operation; None if it is plain Python."""
+        started = self._started(node)
+        if started is not None:
+            value = self.lower_call(started, hint)
+            assert value is not None
+            return self._as_task(value)
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "result" and not node.args and self._is_task(node.func.value):
+            assert isinstance(node.func.value, ast.Name)
+            return self.awaited(self.env[node.func.value.id])
+        found = self.target(node)
+        if found is None:
+            return None
+        kind, callee = found
+        lower: Callable[[ast.Call, Any, str], Value] = {
+            "resource": self._resource, "tool": self._tool, "workflow": self._workflow, "invoke": self._invoke,
+        }[kind]  # fmt: skip
+        value = lower(node, callee, hint)
+        return self._as_task(value) if self._gives_awaitable(node, kind, callee) else value
+
+    def _as_task(self, value: Value) -> Value:
+        fact = self.fact(value)
+        return self.know(value, sites=fact.sites, is_declared=fact.is_declared, is_task=True)
+
+    def _started(self, node: ast.Call) -> ast.Call | None:
+        """The operation inside `asyncio.create_task(...)`, `asyncio.ensure_future(...)` or `group.create_task(...)`."""
+        if len(node.args) != 1 or not isinstance(node.args[0], ast.Call) or not self.is_operation(node.args[0]):
+            return None
+        target = self.resolver.resolve(node.func)
+        in_group = isinstance(node.func, ast.Attribute) and node.func.attr == "create_task" and isinstance(node.func.value, ast.Name)
+        if target in (asyncio.create_task, asyncio.ensure_future) or (in_group and node.func.value.id in self.groups):  # type: ignore[attr-defined]
+            return node.args[0]
+        return None
+
+    groups: frozenset[str] = frozenset()  # names of open asyncio.TaskGroups
+
+    # -- asyncio.gather
+    def is_gather(self, node: ast.expr) -> bool:
+        return isinstance(node, ast.Call) and self.resolver.resolve(node.func) is asyncio.gather
+
+    def lower_gather(self, node: ast.Call, hint: str) -> Value:
+        """`await asyncio.gather(...)` over operations: they stand one after another and run as their data allows."""
+        if node.keywords:
+            self.fail(node, "F016", "asyncio.gather with options over operations cannot be captured", "use try/except around the operations")
+        plain = [a for a in node.args if not self.has_op(a) and not self._is_task(a)]
+        if any(isinstance(a, ast.Starred) for a in plain):
+            self.fail(node, "F016", "asyncio.gather mixes operations with a starred list of coroutines", "gather the two apart")
+        rest: dict[int, Value] = {}
+        for a in node.args:
+            if isinstance(a, ast.Starred):
+                inner = a.value
+                if not isinstance(inner, (ast.ListComp, ast.GeneratorExp)):
+                    self.fail(a, "F016", "asyncio.gather over a starred expression with operations", "write *[op(x) for x in xs]")
+                listed = ast.copy_location(ast.ListComp(_awaiting(inner.elt), inner.generators), inner)
+                rest[id(a)] = self.lower(listed, hint)
+            elif a not in plain:
+                rest[id(a)] = self.awaited(self.env[a.id]) if isinstance(a, ast.Name) else self.lower(_awaiting(a), hint)
+        if plain:
+            call = ast.copy_location(ast.Await(ast.copy_location(ast.Call(node.func, list(plain), []), node)), node)
+            both = self.py_expr(call, "gathered")
+            for i, a in enumerate(plain):
+                (rest[id(a)],) = self.py(f"gathered[{i}]", [("gathered", both)], Info(ANY, PURE, False), hint="v")
+        if len(node.args) == 1 and isinstance(node.args[0], ast.Starred):
+            return rest[id(node.args[0])]
+        if not any(isinstance(a, ast.Starred) for a in node.args):
+            return self.list_value([rest[id(a)] for a in node.args], node, hint if hint != "v" else "gathered")
+        placeholders = {f"part_{i}": rest[id(a)] for i, a in enumerate(node.args)}
+        parts: list[ast.expr] = [
+            ast.Starred(ast.Name(n, ast.Load()), ast.Load()) if isinstance(a, ast.Starred) else ast.Name(n, ast.Load())
+            for n, a in zip(placeholders, node.args, strict=True)
+        ]
+        listed_all = ast.fix_missing_locations(ast.copy_location(ast.List(parts, ast.Load()), node))
+        return self.py_expr(listed_all, hint, placeholders)
+
+    # -- resources
+    def _resource(self, node: ast.Call, method: Any, hint: str) -> Value:
+        resource: Resource = method.__self__
+        op = resource.operations[method.__name__]
+        given = _bind(inspect.signature(method), node)
+        attrs: dict[str, Attr] = {"resource": resource.name}
+        values: dict[str, Value] = {}
+        for name, arg in given:
+            if name == "model":
+                model = self.resolver.resolve(arg)
+                if not isinstance(model, type):
+                    self.fail(arg, "F017", "parse needs a pydantic class that is known when the workflow is captured", "name the class itself")
+                attrs["model"] = model.__name__
+                attrs["ref"] = f"{model.__module__}:{model.__qualname__}"
+                self.builder.symbols[model.__name__] = model
+                continue
+            if name == "messages":
+                values["prompt"] = self._chat(arg)
+                continue
+            constant = self._constant(arg) if name not in _OPERANDS[op] else MISSING
+            if constant is None:
+                continue
+            if constant is not MISSING and name != "options":
+                attrs[name] = (constant,) if name == "stop" and isinstance(constant, str) else constant
+                continue
+            values[name] = self.lower(arg, name)
+        for name, value in values.items():
+            if self.fact(value).is_task:
+                self.fail(node, "F016", f"`{name}` is a coroutine or task that is not awaited", "await it first")
+        operands = [values.pop(n) for n in _OPERANDS[op]]
+        if values:
+            attrs["kw"] = tuple(values)
+            operands += values.values()
+        if not all(is_immutable(v.type) for v in operands):
+            attrs["reads"] = ("py",)
+        (result,) = self.builder.emit(op, operands, [(hint if hint != "v" else _HINT[op], _RESULTS[op])], attrs)
+        return result
+
+    def _chat(self, messages: ast.expr) -> Value:
+        value = self.lower(messages, "messages")
+        self.builder.scopes.setdefault(_CHAT_SCOPE, Scope(vars(resources_module), {}, resources_module.__file__ or "", "chat"))
+        info = Info(TEXT, Info(value.type).touch, True)
+        (prompt,) = self.py(f"{chat_prompt.__name__}(messages)", [("messages", value)], info, hint="prompt", scope=_CHAT_SCOPE)
+        return prompt
+
+    def _constant(self, node: ast.expr) -> Any:
+        """A literal or module constant; lists and tuples of them as tuples; MISSING for all else."""
+        if isinstance(node, ast.Constant) and isinstance(node.value, (str, int, float, bool, type(None), bytes)):
+            return node.value
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
+            value = node.operand.value
+            return -value if isinstance(value, (int, float)) else MISSING
+        if isinstance(node, (ast.List, ast.Tuple)):
+            items = [self._constant(e) for e in node.elts]
+            return MISSING if MISSING in items else tuple(items)
+        return self.resolver.constant(node)
+
+    # -- tools
+    def _tool(self, node: ast.Call, tool: Tool[..., Any], hint: str) -> Value:
+        operands = [self.lower(a, p) for a, p in zip(node.args, _names_for(tool.signature, node), strict=True)]
+        keywords = [(k.arg or "", self.lower(k.value, k.arg or "v")) for k in node.keywords]
+        operands += [v for _, v in keywords]
+        attrs: dict[str, Attr] = {
+            "tool": self.symbol(tool.name, tool),
+            "ref": _ref(tool),
+            "kw": tuple(n for n, _ in keywords) or None,
+            **self._argument_effects(operands, tool.reads, tool.writes),
+            "is_async": True if tool.is_async else None,
+            "timeout": tool.timeout_s,
+            "retries": tool.retries or None,
+            "idempotent": True if tool.idempotent else None,
+        }
+        for v in operands:
+            if self.fact(v).is_task:
+                self.fail(node, "F016", "a coroutine or task that is not awaited is passed to a tool", "await it first")
+        declared = result_type(tool)
+        (value,) = self.builder.emit("tool", operands, [(hint if hint != "v" else tool.name, declared)], attrs)
+        return self.know(value, is_declared=declared != ANY)
+
+    def _argument_effects(self, operands: Sequence[Value], reads: Sequence[str], writes: Sequence[str]) -> dict[str, Attr]:
+        """Effects of a call that is given these values: objects that may change are read, lists that it may keep escape."""
+        for v in operands:
+            self.escaped |= self.fact(v).sites
+        seen = set(reads)
+        if not all(is_immutable(v.type) for v in operands):
+            seen.add("py")
+        return {"reads": tuple(sorted(seen)) or None, "writes": tuple(sorted(writes)) or None}
+
+    def symbol(self, name: str, value: Any) -> str:
+        """The name under which the graph knows an object; a second object of the same name gets a number."""
+        unique, n = name, 1
+        while self.builder.symbols.get(unique, value) is not value:
+            n += 1
+            unique = f"{name}_{n}"
+        self.builder.symbols[unique] = value
+        return unique
+
+    def _invoke(self, node: ast.Call, toolbox: Any, hint: str) -> Value:
+        """A call of a tool whose name is known only at run time, out of a fixed set."""
+        name, arguments = (self.lower(a, h) for a, h in zip(node.args, ("tool", "arguments"), strict=True))
+        tools: Mapping[str, Tool[..., Any]] = toolbox.tools
+        for t in tools.values():
+            self.builder.symbols.setdefault(t.name, t)
+        reads = {r for t in tools.values() for r in t.reads}
+        writes = {w for t in tools.values() for w in t.writes}
+        attrs: dict[str, Attr] = {
+            "tools": tuple(tools),
+            "refs": tuple(_ref(t) or "" for t in tools.values()),
+            **self._argument_effects([name, arguments], sorted(reads), sorted(writes)),
+        }
+        (value,) = self.builder.emit("invoke", (name, arguments), [(hint if hint != "v" else "observation", ANY)], attrs)
+        return value
+
+    # -- other workflows
+    def _workflow(self, node: ast.Call, workflow: Any, hint: str) -> Value:
+        given = dict(_bind(workflow.signature, node))
+        values: dict[str, Value] = {}
+        for name, arg in given.items():
+            values[name] = self.lower(arg, name)
+        operands: list[Value] = []
+        for name, parameter in workflow.signature.parameters.items():
+            if name in values:
+                operands.append(values[name])
+            else:
+                operands.append(self._default(node, workflow, name, parameter.default))
+        types = tuple(v.type if is_immutable(v.type) or v.type.name == "sequence" else ANY for v in operands)
+        callee = self.session.callee(workflow, types)
+        effect = Effect(writes=frozenset({"py"})) if callee.graph is None else effect_of_region(callee.graph.body)
+        if effect.writes or callee.graph is None or not is_immutable(callee.graph.result.type):
+            for v in operands:
+                self.escaped |= self.fact(v).sites
+        reads = set(effect.reads)
+        if not all(is_immutable(v.type) for v in operands):
+            reads.add("py")
+        attrs: dict[str, Attr] = {
+            "callee": callee.name,
+            "reads": tuple(sorted(reads)) or None,
+            "writes": tuple(sorted(effect.writes)) or None,
+        }
+        result = callee.graph.result.type if callee.graph is not None else ANY
+        sites: frozenset[Site] = frozenset()
+        if result.name == "list":  # the callee made it and keeps no hold on it
+            result, sites = self.analyzer().fresh(node, item_type(result)) if is_immutable(result) else (ANY, sites)
+        (value,) = self.builder.emit("call", operands, [(hint if hint != "v" else workflow.name, result)], attrs)
+        return self.know(value, sites=sites)
+
+    def _default(self, node: ast.Call, workflow: Any, name: str, default: Any) -> Value:
+        if isinstance(default, (str, int, float, bool, type(None), bytes)):
+            return self.builder.const(default, name)
+        self.fail(
+            node,
+            "F017",
+            f"the default of `{name}` in workflow `{workflow.name}` is an object that the graph cannot hold",
+            f"pass `{name}` explicitly",
+        )
+
+
+def _fits(signature: inspect.Signature, node: ast.Call) -> bool:
+    """Do the arguments fit the signature? (If not, the call stays Python and raises its own TypeError.)"""
+    try:
+        signature.bind(*node.args, **{k.arg: k.value for k in node.keywords if k.arg})
+    except TypeError:
+        return False
+    return not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values())
+
+
+def _bind(signature: inspect.Signature, node: ast.Call) -> list[tuple[str, ast.expr]]:
+    """(parameter, argument) pairs in the order in which the arguments stand."""
+    names = _names_for(signature, node)
+    return [*zip(names, node.args, strict=True), *((k.arg or "", k.value) for k in node.keywords)]
+
+
+def _names_for(signature: inspect.Signature, node: ast.Call) -> list[str]:
+    positional = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return positional[: len(node.args)]
+
+
+def _ref(tool: Tool[..., Any]) -> str | None:
+    module, name = getattr(tool.fn, "__module__", None), getattr(tool.fn, "__qualname__", None)
+    return f"{module}:{name}" if module and name and "<locals>" not in name else None
+
+
+def _is_aio(found: Any) -> bool:
+    return getattr(found, "__name__", "") == "aio"
+
+
+def _awaiting(node: ast.expr) -> ast.expr:
+    return node if isinstance(node, ast.Await) else ast.copy_location(ast.Await(node), node)
+
+
+_HINT = {"generate": "text", "choose": "choice", "parse": "object", "search": "docs", "rerank": "docs", "embed": "vector"}
+
+__all__ = ["Calls"]

@@ -1,0 +1,295 @@
+"""What every part of the frontend shares: variables as SSA values, regions, plain Python as `py` operations, errors."""
+
+from __future__ import annotations
+
+import ast
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from flowc.ir.builder import Block, Builder
+from flowc.ir.core import Attr, Region, Value
+from flowc.ir.errors import CaptureError, Loc
+from flowc.ir.types import ANY, NEVER, NONE, Type, join
+
+from .liveness import RETURN_VALUE, Liveness
+from .names import Resolver
+from .purity import READS, WRITES, Analyzer, Info, Site, free_names
+from .source import FunctionSource
+
+if TYPE_CHECKING:
+    from .capture import Session
+
+EXIT = "<exit>"  # why a block was left: one of the codes below
+NORMAL, CONTINUE, BREAK, RETURN = 0, 1, 2, 3
+HINTS = {EXIT: "exit", RETURN_VALUE: "result", "<ok>": "ok", "<value>": "v", "<chunk>": "chunk"}  # how internal variables print
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """What the frontend knows of an SSA value beyond its type."""
+
+    sites: frozenset[Site] = frozenset()  # the lists it may be or hold
+    is_unbound: bool = False  # may be the mark of an unbound variable
+    is_declared: bool = False  # its type rests on an annotation that nobody checked
+    is_task: bool = False  # stands for a coroutine or task: has to be awaited
+
+
+NO_FACT = Fact()
+
+
+@dataclass
+class State:
+    """The lowering of one function, in progress. The mixins `Expressions`, `Calls` and `Statements` add what each says."""
+
+    session: Session
+    src: FunctionSource
+    resolver: Resolver
+    live: Liveness
+    builder: Builder
+    locals: frozenset[str]
+    is_async: bool
+    tainted: frozenset[Site]
+    loop_limit: int
+    env: dict[str, Value] = field(default_factory=dict)
+    facts: dict[str, Fact] = field(default_factory=dict)
+    cells: list[dict[str, Value]] = field(default_factory=list)  # variables that a handler may read, innermost last
+    cell_types: dict[str, Type] = field(default_factory=dict)
+    handled: list[Value] = field(default_factory=list)  # errors being handled, innermost last
+    escaped: set[Site] = field(default_factory=set)
+    loop_types: dict[int, tuple[tuple[Type, ...], tuple[frozenset[Site], ...]]] = field(default_factory=dict)
+    has_op_memo: dict[int, tuple[ast.AST, bool]] = field(default_factory=dict)  # holds the node, so that its id stays its own
+    binding_counts: dict[str, int] = field(default_factory=dict)
+    bound_in_loops: frozenset[str] = frozenset()
+
+    # -- errors
+    def fail(self, node: ast.AST, code: str, message: str, hint: str) -> NoReturn:
+        loc = self.src.loc(node)
+        raise CaptureError(message, code=code, loc=loc, hint=hint, source=self.src.line(loc.line))
+
+    # -- facts
+    def fact(self, value: Value) -> Fact:
+        return self.facts.get(value.name, NO_FACT)
+
+    def know(self, value: Value, **facts: Any) -> Value:
+        known = Fact(**facts)
+        if known != NO_FACT:
+            self.facts[value.name] = known
+        return value
+
+    def merged(self, value: Value, parts: Sequence[Value]) -> Value:
+        """`value` may be any of `parts`: what is possible of one is possible of it."""
+        facts = [self.fact(p) for p in parts]
+        for p, f in zip(parts, facts, strict=True):
+            if f.is_task:
+                raise CaptureError(
+                    f"a task that is not awaited (`{p.name}`) reaches the end of a branch or loop",
+                    code="F016",
+                    hint="await it where it was made",
+                )
+        return self.know(
+            value,
+            sites=frozenset().union(*(f.sites for f in facts)),
+            is_unbound=any(f.is_unbound for f in facts),
+            is_declared=any(f.is_declared for f in facts),
+        )
+
+    # -- variables
+    def read(self, name: str) -> Value:
+        """The current value of a local variable, checked where it may be unbound."""
+        value = self.env.get(name)
+        if value is not None and not self.fact(value).is_unbound:
+            return value
+        if value is None:
+            value = self.unbound(name)
+        fact = self.fact(value)
+        (bound,) = self.builder.emit("bound", (value,), [(name, value.type if value.type != NEVER else ANY)], {"variable": name})
+        self.know(bound, sites=fact.sites, is_declared=fact.is_declared)
+        self.env[name] = bound
+        return bound
+
+    def unbound(self, name: str) -> Value:
+        (value,) = self.builder.emit("undef", (), [(HINTS.get(name, name), NEVER)])
+        return self.know(value, is_unbound=name not in HINTS)
+
+    def assign(self, name: str, value: Value) -> None:
+        self.env[name] = value
+        for frame in self.cells:
+            cell = frame.get(name)
+            if cell is not None:
+                self.builder.emit("store", (cell, value), [("stored", NONE)])
+                self.cell_types[cell.name] = join(self.cell_types.get(cell.name, NEVER), value.type)
+
+    def outgoing(self, name: str) -> Value:
+        """What a region yields for a variable: its value, or the mark of an unbound one."""
+        value = self.env.get(name)
+        return value if value is not None else self.unbound(name)
+
+    def set_exit(self, code: int) -> None:
+        self.env[EXIT] = self.builder.const(code, "exit")
+
+    @contextmanager
+    def scoped_env(self) -> Iterator[None]:
+        saved = dict(self.env)
+        try:
+            yield
+        finally:
+            self.env = saved
+
+    @contextmanager
+    def at(self, node: ast.AST) -> Iterator[None]:
+        """New operations come from this piece of source."""
+        saved = self.builder.loc
+        self.builder.loc = self.src.loc(node)
+        try:
+            yield
+        finally:
+            self.builder.loc = saved
+
+    def region(
+        self, fill: Callable[[tuple[Value, ...]], Sequence[Value]], params: Sequence[tuple[str, Type]] = ()
+    ) -> tuple[Region, Block]:
+        """A region filled by `fill(params)`, which returns what it yields; variables bound inside stay inside."""
+        with self.scoped_env(), self.builder.region(params) as block:
+            block.yields = tuple(fill(block.params))
+        return block.done(), block
+
+    def select(
+        self, condition: Value, then: Callable[[], None], orelse: Callable[[], None], outs: Sequence[str]
+    ) -> None:
+        """An `if` operation over two ways to go on; the variables `outs` leave it."""
+
+        def arm(run: Callable[[], None]) -> Callable[[tuple[Value, ...]], list[Value]]:
+            def fill(_: tuple[Value, ...]) -> list[Value]:
+                run()
+                return [self.outgoing(n) for n in outs]
+
+            return fill
+
+        a, _ = self.region(arm(then))
+        b, _ = self.region(arm(orelse))
+        results = self.builder.if_(condition, a, b, [HINTS.get(n, n) for n in outs])
+        for name, value, x, y in zip(outs, results, a.yields, b.yields, strict=True):
+            self.env[name] = self.merged(value, (x, y))
+
+    # -- plain Python
+    def analyzer(self) -> Analyzer:
+        return Analyzer(self.resolver, self._info, self.tainted)
+
+    def _info(self, name: str) -> Info | None:
+        if name not in self.locals:
+            return None
+        value = self.env.get(name)
+        if value is None:
+            return Info(ANY)
+        return Info(value.type, sites=self.fact(value).sites)
+
+    def analyze(self, node: ast.expr) -> Info:
+        a = self.analyzer()
+        info = a.expr(node)
+        self.settle(a)
+        return info
+
+    def settle(self, a: Analyzer) -> None:
+        """Takes over what an analysis found: lists that escaped, variables that closures hold on to."""
+        self.escaped |= a.escaped
+        for holder, name in a.captures:
+            if self.binding_counts.get(name, 0) > 1 or name in self.bound_in_loops or name not in self.env:
+                what = "a generator expression" if isinstance(holder, ast.GeneratorExp) else "a nested function"
+                self.fail(
+                    holder,
+                    "F015",
+                    f"{what} holds on to the variable `{name}`, which the workflow binds more than once or later",
+                    f"bind its value now: a default argument (`{name}={name}`) or a list instead of a generator",
+                )
+
+    def py(
+        self,
+        source: str,
+        inputs: Sequence[tuple[str, Value]],
+        info: Info,
+        *,
+        hint: str = "v",
+        outs: Sequence[tuple[str, Type]] | None = None,
+        scope: str | None = None,
+    ) -> tuple[Value, ...]:
+        """A `py` operation over named inputs, with the effects that the analysis found."""
+        for name, value in inputs:
+            if self.fact(value).is_task:
+                raise CaptureError(
+                    f"`{name}` is a coroutine or task that is not awaited here", code="F016", loc=self.builder.loc, hint=f"write `await {name}`"
+                )
+        results = [(hint, info.type)] if outs is None else list(outs)
+        attrs: dict[str, Attr] = {
+            "source": source,
+            "params": tuple(n for n, _ in inputs),
+            "outs": tuple(n for n, _ in outs) if outs is not None else None,
+            "reads": ("py",) if info.level >= READS else None,
+            "writes": ("py",) if info.level >= WRITES else None,
+            "raises": True if info.raises else None,
+            "is_async": True if info.is_async else None,
+            "scope": scope,
+        }
+        return self.builder.emit("py", [v for _, v in inputs], results, attrs)
+
+    def py_expr(self, node: ast.expr, hint: str = "v", placeholders: dict[str, Value] | None = None) -> Value:
+        """An expression without operations (but for placeholders that stand for their values) as one `py` operation."""
+        placeholders = placeholders or {}
+        names = [n for n in free_names(node) if n in self.locals or n in placeholders]
+        inputs = [(n, placeholders[n] if n in placeholders else self.read(n)) for n in names]
+        a = self.analyzer()
+        known = {n: Info(v.type, sites=self.fact(v).sites) for n, v in placeholders.items()}
+        lookup = a.lookup
+        a.lookup = lambda name: known[name] if name in known else lookup(name)
+        info = a.expr(node)
+        self.settle(a)
+        text = ast.unparse(node) if placeholders else self.text(node)
+        (value,) = self.py(text, inputs, info, hint=hint)
+        return self.know(value, sites=info.sites, is_declared=a.trusts)
+
+    def text(self, node: ast.AST) -> str:
+        """The source of an expression or statement as the user wrote it, so that its lines stay its lines."""
+        if getattr(node, "is_synthetic", False):
+            return ast.unparse(node)
+        first, last = getattr(node, "lineno", 0), getattr(node, "end_lineno", 0) or 0
+        lines = self.src.lines[first - 1 : last]
+        if first and lines:
+            if isinstance(node, ast.expr):
+                segment = ast.get_source_segment("".join(self.src.lines), node)
+                if segment is not None and "\n" not in segment:
+                    return segment
+                candidate = f"({segment})" if segment is not None else ""
+            else:
+                candidate = textwrap.dedent("".join(lines)).rstrip("\n")
+            try:
+                parsed = ast.parse(candidate, mode="eval").body if isinstance(node, ast.expr) else ast.parse(candidate)
+                wanted = node if isinstance(node, ast.expr) else ast.Module([node], [])  # type: ignore[list-item]
+                if ast.dump(parsed) == ast.dump(wanted):
+                    return candidate
+            except SyntaxError:
+                pass
+        return ast.unparse(node)
+
+    def list_value(self, items: Sequence[Value], node: ast.AST, hint: str = "items") -> Value:
+        """A fresh list of the given values."""
+        inner: frozenset[Site] = frozenset().union(*(self.fact(v).sites for v in items))
+        t, sites = self.analyzer().fresh(node, join(*(v.type for v in items)) if items else NEVER, inner)
+        if t == ANY:
+            self.escaped |= inner
+        value = self.builder.list_of(*items, hint=hint)
+        if value.type != t:
+            block = self.builder.block
+            op = block.ops.pop()
+            value = Value(value.name, t)
+            block.ops.append(type(op)(op.name, op.operands, (value,), op.attrs, op.regions, op.loc))
+        return self.know(value, sites=sites)
+
+    def loc(self, node: ast.AST) -> Loc:
+        return self.src.loc(node)
+
+
+__all__ = [
+    "BREAK", "CONTINUE", "EXIT", "NORMAL", "RETURN", "Fact", "State", 
+]  # fmt: skip

@@ -1,0 +1,76 @@
+"""The language's one door to the engine: what `flowc.engine` plugs in when something has to be compiled or run.
+
+The language layer knows no runtime. It asks the host, which the facade installs with `set_host_factory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from flowc.ir.core import Graph
+
+
+class Executable(Protocol):
+    """A compiled graph as the host runs it."""
+
+    def run(self, args: tuple[Any, ...], *, timeout_s: float | None = None) -> Any: ...
+    async def run_async(self, args: tuple[Any, ...], *, timeout_s: float | None = None) -> Any: ...
+    def explain(self) -> str: ...
+
+
+class Host(Protocol):
+    """Compiles graphs, runs them, and serves direct calls of resources."""
+
+    def compile_graph(self, graph: Graph, opt: int | None = None, passes: str | None = None) -> Any: ...
+    def map(self, jobs: Iterable[tuple[Any, tuple[Any, ...]]], **options: Any) -> Any: ...
+    def request(self, op: str, resource: str, operands: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Runs one operation of a resource now and blocks for its result."""
+        ...
+
+
+_factory: Callable[[], Host] | None = None
+_host: Host | None = None
+
+
+def set_host_factory(factory: Callable[[], Host]) -> None:
+    """Says how to make the host; it is made at first use."""
+    global _factory, _host
+    _factory, _host = factory, None
+
+
+def host() -> Host:
+    """The host; made at the first call."""
+    global _host
+    if _host is None:
+        assert _factory is not None, "flowc.dsl needs a host: import flowc, or call set_host_factory"
+        _host = _factory()
+    return _host
+
+
+EAGER: ContextVar[str] = ContextVar("flowc_eager", default="")
+"""Inside `workflow.eager(...)`: "sync" or "async", after the workflow's kind. Elsewhere empty."""
+
+
+@contextmanager
+def eager_mode(kind: str) -> Iterator[None]:
+    """Inside, workflows called from workflows run as plain Python; in "async" mode resources give awaitables."""
+    token = EAGER.set(kind)
+    try:
+        yield
+    finally:
+        EAGER.reset(token)
+
+
+async def _later(call: Callable[[], Any]) -> Any:
+    return call()
+
+
+def deliver(call: Callable[[], Any]) -> Any:
+    """`call()`, or inside an async workflow's eager run an awaitable of it."""
+    return _later(call) if EAGER.get() == "async" else call()
