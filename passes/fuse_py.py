@@ -1,0 +1,233 @@
+"""Outline runs of plain Python into one operation: no turn of the scheduler between them.
+
+Before:
+    workflow @w(%q: text) -> text {
+      %clean = py "q.strip()" (%q) : text
+      %prompt = template "Answer: {}" (%clean) : text
+      %answer = generate @llm (%prompt) {max_tokens = 64} : text
+      %line = py "answer.splitlines()[0]" (%answer) {raises = true} : text
+      %shout = py "line.upper()" (%line) : text
+      return %shout
+    }
+After:
+    workflow @w(%q: text) -> text {
+      %prompt = fused : text body seq {
+        %clean = py "q.strip()" (%q) : text
+        %prompt.1 = template "Answer: {}" (%clean) : text
+        yield %prompt.1
+      }
+      %answer = generate @llm (%prompt) {max_tokens = 64} : text
+      %shout = fused : text body seq {
+        %line = py "answer.splitlines()[0]" (%answer) {raises = true} : text
+        %shout.1 = py "line.upper()" (%line) : text
+        yield %shout.1
+      }
+      return %shout
+    }
+
+Source: task fusion as in Dask's `optimization.fuse` and in tinygrad's kernel grouping; that a cluster must not wait
+longer than its members would is the condition of Kennedy and McKinley, "Maximizing Loop Parallelism and Improving
+Data Locality via Loop Fusion and Distribution", 1993, for parallel loops.
+Legal when: every member is plain Python that does not wait (an awaiting one keeps its turn); the group stands where
+its first member stood, so nothing that a later member depends on, by data, by state or by the order of errors and
+effects, stands between; hence groups are convex and never wait for each other in a circle.
+Pays when: the turns saved are more than none, and no member is delayed: all members become ready together, because
+the waiting operations before them are the same; and one that may take long (it is opaque, or may raise) joins only a
+run that no waiting operation interrupts. A `fused` operation is final: it joins no other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from flowc.ir.core import Graph, Names, Op, Region, Value, names_in, substitute
+
+from .core import Outcome, Pass, Remark, Verdict, describe, plural
+from .cost import CostModel
+from .facts import STATIC, Facts
+
+_TOGETHER = Verdict(True, "nothing that must stay in order stands between, and all become ready together")
+_AWAITS = Verdict(False, "it awaits, so it keeps a turn of its own")
+_BETWEEN = Verdict(False, "something that must run between stands between it and the group before")
+_ALONE = Verdict(True, "plain Python")
+_NO_COMPANY = "no other plain Python becomes ready with it"
+_SLOW = "it may take long, and would hold up what the group before it starts"
+
+
+@dataclass(slots=True)
+class _Unit:
+    """Positions of ops that become one op; `verdict` and `why` say why the first of them joined no unit before it."""
+
+    members: list[int]
+    is_plain: bool = False
+    verdict: Verdict = _ALONE
+    why: str = _NO_COMPANY
+
+
+@dataclass(frozen=True, slots=True)
+class FusePy(Pass):
+    name: ClassVar[str] = "fuse-py"
+    min_turns: float = 1.0  # turns of the scheduler that a group must save
+
+    def run(self, graph: Graph, costs: CostModel) -> Outcome:
+        facts = Facts(graph, costs)
+        remarks: list[Remark] = []
+        names: list[Names] = []  # built when the first group is found
+
+        def on_region(region: Region) -> Region:
+            units = _units(region, facts)
+            outside = _used_outside(region, units, facts)
+            ops: list[Op] = []
+            is_changed = False
+            for unit in units:
+                members = [region.ops[i] for i in unit.members]
+                new = on_group(unit, members, outside) if unit.is_plain else on_single(members[0])
+                is_changed |= new is not members[0]
+                ops.append(new)
+            return replace(region, ops=tuple(ops)) if is_changed else region
+
+        def on_single(op: Op) -> Op:
+            if op.name == "py":
+                remarks.append(self.remark(describe(op), op.loc, _AWAITS, fired=False))
+            if op.name == "fused" or not op.regions:
+                return op
+            inner = tuple(map(on_region, op.regions))
+            return op if all(a is b for a, b in zip(inner, op.regions, strict=True)) else replace(op, regions=inner)
+
+        def on_group(unit: _Unit, members: list[Op], outside: set[str]) -> Op:
+            first = next((op for op in members if op.name not in STATIC), members[0])
+            saved = sum(map(facts.turns, members)) - 1
+            gain_s = max(0.0, saved) * costs.turn_s
+            if saved < self.min_turns:
+                if first.name not in STATIC:
+                    remarks.append(
+                        self.remark(
+                            describe(first), first.loc, unit.verdict, fired=False, gain_s=gain_s, detail=unit.why
+                        )
+                    )
+                return members[0]
+            if not names:
+                names.append(Names(names_in(graph)))
+            detail = f"{plural(len(members), 'operation')} in one turn"
+            remarks.append(self.remark(describe(first), first.loc, _TOGETHER, fired=True, gain_s=gain_s, detail=detail))
+            return _outline(members, outside, names[0])
+
+        body = on_region(graph.body)
+        return Outcome(graph if body is graph.body else graph.with_body(body), tuple(remarks))
+
+
+def _outline(members: list[Op], outside: set[str], names: Names) -> Op:
+    """One op that runs the members. What others use keeps its name; inside it gets a new one."""
+    results = [v for op in members for v in op.results if v.name in outside]
+    inner = {v.name: Value(names.fresh(v.name), v.type) for v in results}
+    body = substitute(Region((), tuple(members), tuple(results)), inner)
+    ops = tuple(
+        replace(op, results=tuple(inner.get(v.name, v) for v in op.results))
+        if any(v.name in inner for v in op.results)
+        else op
+        for op in body.ops
+    )
+    loc = next((op.loc for op in members if op.loc is not None), None)
+    return Op("fused", (), tuple(results), regions=(Region((), ops, body.yields),), loc=loc)
+
+
+def _used_outside(region: Region, units: list[_Unit], facts: Facts) -> set[str]:
+    """Names of the values that a unit gives to another one, or that the region yields."""
+    unit_of = {v.name: u for u, unit in enumerate(units) for i in unit.members for v in region.ops[i].results}
+    used = {v.name for v in region.yields}
+    for u, unit in enumerate(units):
+        for i in unit.members:
+            used.update(name for name in facts.uses(region.ops[i]) if unit_of.get(name, u) != u)
+    return used
+
+
+def _units(region: Region, facts: Facts) -> list[_Unit]:
+    """The ops of a region in groups, each to stand where its first member stood.
+
+    Groups are numbered as they are begun. An op joins the open group of its readiness class only if everything it must
+    follow is in that group or in one begun before; so every dependency between groups points back, and the order in
+    which they were begun is a legal program order.
+    """
+    ops = region.ops
+    data = facts.data_dependencies(region)
+    state = facts.order(region, ordered=False)
+    is_quick = [not facts.waits(op) and not facts.is_observable(op) and facts.effect(op).is_pure for op in ops]
+    ready = _readiness(region, data, state, is_quick, facts)
+    unit_of: list[int] = []
+    units: list[_Unit] = []
+    open_units: dict[int, int] = {}
+    last_observable = last_waiting = -1
+    for i, op in enumerate(ops):
+        follows = max((unit_of[d] for deps in (data[i], state[i]) for d in deps), default=-1)
+        if facts.is_observable(op):
+            follows = max(follows, last_observable)
+        if facts.waits(op) or op.name == "fused":
+            unit = len(units)
+            units.append(_Unit([i]))
+            if op.name == "fused":
+                open_units.pop(ready[i], None)
+            else:
+                last_waiting = unit
+        else:
+            unit = open_units.get(ready[i], -1)
+            if unit >= 0 and follows <= unit and (is_quick[i] or unit > last_waiting):
+                units[unit].members.append(i)
+            else:
+                new = _Unit([i], is_plain=True)
+                if unit >= 0:
+                    new.verdict, new.why = (_BETWEEN, "") if follows > unit else (_ALONE, _SLOW)
+                unit = open_units[ready[i]] = len(units)
+                units.append(new)
+        unit_of.append(unit)
+        if facts.is_observable(op):
+            last_observable = max(last_observable, unit)
+    return units
+
+
+def _readiness(
+    region: Region, data: list[set[int]], state: list[tuple[int, ...]], is_quick: list[bool], facts: Facts
+) -> list[int]:
+    """For each op its readiness class: equal for two ops that wait for the same waiting operations, directly or not.
+
+    In an ordered region the class is the number of waiting ops before; in another it is the set of them, as bits. A
+    quick op, whose time does not matter, counts as ready when its users are, if they agree: a literal belongs where it
+    is used.
+    """
+    ops = region.ops
+    count = 0
+    before: list[int] = []  # waiting ops that stand before
+    classes: list[int] = []
+    done: list[int] = []  # what an op's users wait for: its class, and itself if it waits
+    for i, op in enumerate(ops):
+        before.append(count)
+        if region.ordered:
+            classes.append(count)
+            count += facts.waits(op)
+            continue
+        bits = 0
+        for deps in (data[i], state[i]):
+            for d in deps:
+                bits |= done[d]
+        classes.append(bits)
+        if facts.waits(op):
+            bits |= 1 << count
+            count += 1
+        done.append(bits)
+    if region.ordered:
+        return classes
+    wanted: list[int | None] = [None] * len(ops)  # the class of all users so far; -1 where they disagree
+    yielded = {v.name for v in region.yields}
+    for i in range(len(ops) - 1, -1, -1):
+        later = wanted[i]
+        if (
+            is_quick[i]
+            and later is not None
+            and later.bit_length() <= before[i]
+            and later >= 0
+            and not any(v.name in yielded for v in ops[i].results)
+        ):
+            classes[i] = later
+        for d in data[i]:
+            wanted[d] = classes[i] if wanted[d] in (None, classes[i]) else -1
+    return classes
