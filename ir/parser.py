@@ -58,13 +58,18 @@ class _Operand(NamedTuple):
     value: Token
 
 
+class _End(NamedTuple):
+    word: Token
+    values: list[Token]
+
+
 class _Region(NamedTuple):
     label: Token
     guard: Token | None
     params: tuple[_Param, ...]
     ordered: bool
     ops: list[_Op]
-    yields: list[Token]
+    end: _End | None
 
 
 class _Op(NamedTuple):
@@ -88,7 +93,7 @@ class _Workflow(NamedTuple):
     loc: Token | None
     ordered: bool
     ops: list[_Op]
-    yields: list[Token]
+    end: _End | None
 
 
 class _Malformed(Exception):
@@ -172,8 +177,8 @@ class _Records(Transformer[Token, list[_Workflow]]):
         return items
 
     def workflow(self, items: list[Any]) -> _Workflow:
-        name, params, types, scope, calls, loc, seq, ops, yields = items
-        return _Workflow(name, params or (), types or [], scope, calls, loc, seq is not None, ops, yields or [])
+        name, params, types, scope, calls, loc, seq, ops, end = items
+        return _Workflow(name, params or (), types or [], scope, calls, loc, seq is not None, ops, end)
 
     def scope(self, items: list[Token]) -> Token:
         return items[0]
@@ -189,8 +194,8 @@ class _Records(Transformer[Token, list[_Workflow]]):
         return _Operand(*items)
 
     def region(self, items: list[Any]) -> _Region:
-        label, guard, params, seq, ops, yields = items
-        return _Region(label, guard, params or (), seq is not None, ops, yields or [])
+        label, guard, params, seq, ops, end = items
+        return _Region(label, guard, params or (), seq is not None, ops, end)
 
     def _items(self, items: list[Any]) -> list[Any]:
         return items
@@ -202,8 +207,8 @@ class _Records(Transformer[Token, list[_Workflow]]):
 
     label = _one
 
-    def yield_(self, items: list[list[Token]]) -> list[Token]:
-        return items[0]
+    def end(self, items: list[Any]) -> _End:
+        return _End(*items)
 
     def attr(self, items: list[Any]) -> tuple[Token, Attr]:
         name, literal = items
@@ -235,9 +240,6 @@ def _deeper(parts: Sequence[_Type | _Literal], token: Token) -> int:
         raise _Malformed(token, f"nested more than {MAX_DEPTH} deep")
     return depth
 
-
-setattr(_Records, "return", _Records.yield_)
-setattr(_Records, "yield", _Records.yield_)
 
 _LITERALS: Final[dict[str, Callable[[Token], Attr]]] = {
     "STRING": _unquote,
@@ -278,7 +280,7 @@ class _Resolver:
 
     def body(self) -> Region:
         flow = self.workflow
-        region = self.region(flow.params, flow.ops, flow.yields, flow.ordered)
+        region = self.region(flow.params, flow.ops, flow.end, flow.ordered)
         declared = [self.type(t) for t in flow.types]
         actual = [v.type for v in region.yields]
         if declared != actual:
@@ -289,7 +291,7 @@ class _Resolver:
             )
         return region
 
-    def region(self, params: Iterable[_Param], ops: list[_Op], yields: list[Token], ordered: bool) -> Region:
+    def region(self, params: Iterable[_Param], ops: list[_Op], end: _End | None, ordered: bool) -> Region:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             token = ops[0].name if ops else self.workflow.name
@@ -302,7 +304,13 @@ class _Resolver:
                 hint = _literal_hint(first)
                 raise _Malformed(first, f"unexpected `{first}`: an operation begins on a new line", hint)
         done = tuple([self.op(op, mine) for op in ops])
-        region = Region(values, done, tuple([self.use(t) for t in yields]), ordered)
+        if end is not None and (end.word == "return") != (self.depth == 1):
+            message = f"unexpected `{end.word}`"
+            raise _Malformed(
+                end.word, message, "a workflow ends with `return`, a region inside an operation with `yield`"
+            )
+        yields = tuple([self.use(t) for t in end.values]) if end is not None else ()
+        region = Region(values, done, yields, ordered)
         for name in mine:
             del self.visible[name]
         self.depth -= 1
@@ -367,7 +375,8 @@ class _Resolver:
 
     def location(self, token: Token) -> Loc:
         match = _LOC.fullmatch(token)
-        assert match is not None, token
+        if match is None:
+            raise _Malformed(token, "malformed location", 'a location is `loc("file.py":LINE:COLUMN-COLUMN)`')
         quoted, line, col, end = match.groups()
         if quoted is None and self.file is None:
             raise _Malformed(
@@ -405,12 +414,8 @@ class _Resolver:
                         for o, v in zip(op.operands, operands, strict=True)
                     ]
                 )
-        elif op.operands and op.operands[-1].name is not None:
+        elif any(o.name is not None for o in op.operands):
             self.keywords(op, attrs)
-        else:
-            for o in op.operands:
-                if o.name is not None:
-                    raise _Malformed(o.name, "an operand without a name follows one with a name")
         regions = self.regions(op, attrs)
         if len(op.types) != len(op.results):
             raise _Malformed(
@@ -470,16 +475,27 @@ class _Resolver:
         for r in op.regions:
             if r.guard is not None and r.label != "except":
                 raise _Malformed(r.guard, f"only `except` has a text before its brace, `{r.label}` has none")
-            done.append(self.region(r.params, r.ops, r.yields, r.ordered))
+            done.append(self.region(r.params, r.ops, r.end, r.ordered))
         return tuple(done)
 
 
 _EXAMPLES: Final = {name: f"{name}<{', '.join(['text'] * (count or 0))}>" for name, count in ARITY.items()}
 
 
+_USUAL: Final = {
+    "str": "text",
+    "string": "text",
+    "integer": "int",
+    "boolean": "bool",
+    "number": "float",
+    "array": "list",
+}
+
+
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
     names = list(known)
-    close = get_close_matches(name, names, 1, 0.6)
+    usual = _USUAL.get(name)
+    close = [usual] if usual in names else get_close_matches(name, names, 1, 0.6)
     return f"did you mean `{close[0]}`?" if close else f"there are: {', '.join(names)}"
 
 
@@ -612,16 +628,8 @@ def _explain(error: UnexpectedInput, text: str, lark: Lark) -> tuple[str, str | 
         expected = _expected(error)
         shown = str(token).split("\n")[0]
         message = f"unexpected `{shown[:40]}`; expected {_expectation(expected, lark)}"
-        if "LOC" in expected and shown == "loc":
-            hint = 'a location is `loc("file.py":LINE:COLUMN-COLUMN)`, or `loc(LINE)` in the workflow\'s own file'
-        elif token.type == "EQUAL" and error.token_history and error.token_history[-1].type == "NAME":
+        if token.type == "EQUAL" and error.token_history and error.token_history[-1].type == "NAME":
             hint = f"a value's name begins with `%`: write `%{error.token_history[-1]} = ...`"
-        elif shown == "return" and "YIELD" in expected:
-            hint = "a region inside an operation ends with `yield`; `return` ends the workflow"
-        elif shown == "yield" and "RETURN" in expected:
-            hint = "a workflow ends with `return`; `yield` ends a region inside an operation"
-        elif "EQUAL" in expected and re.search(r"(^|[{;])\s*(return|yield)\b", text.split("\n")[(token.line or 1) - 1]):
-            hint = "a workflow ends with `return`, a region inside an operation with `yield`"
         else:
             hint = _literal_hint(token)
         return message, hint, token.line or 1, token.column or 1, max(1, len(shown))
