@@ -1,4 +1,5 @@
-"""What every LLM backend shares: request checks, stop strings, word-wise streaming, plain chat. Standard library only."""
+"""What every LLM backend shares: request checks, stop strings, word-wise streaming, plain chat. Standard library
+only."""
 
 from __future__ import annotations
 

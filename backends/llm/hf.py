@@ -4,17 +4,18 @@ Imports torch and transformers; import it where a model is wanted, not before.
 
 A batch is left-padded and decoded by a loop of our own over `model.forward` with a KV cache: every row has its own
 length limit, stop strings, seed and cancellation, rows that are done leave the batch and cost nothing more, and a
-batch that does not fit into memory goes on in halves from where it stands. Architectures whose outputs would change with
-padding or with their neighbours (recurrent state, ALiBi without positions, RoPE that depends on the longest row) are
-recognised at load time, by their configuration and by a probe, and run row by row through `model.generate`.
+batch that does not fit into memory goes on in halves from where it stands. Architectures whose outputs would change
+with padding or with their neighbours (recurrent state, ALiBi without positions, RoPE that depends on the longest row)
+are recognised at load time, by their configuration and by a probe, and run row by row through `model.generate`.
 
-Greedy decoding in float32 gives the tokens of `model.generate(do_sample=False)` but for exact ties. In bfloat16 a sum depends on the
-shape of its batch, so a near-tie can fall either way. Of the model's `generation_config` only the end and padding
-tokens are used: its sampling defaults and penalties are not what a request with `temperature=0` asks for.
+Greedy decoding in float32 gives the tokens of `model.generate(do_sample=False)` but for exact ties. In bfloat16 a sum
+depends on the shape of its batch, so a near-tie can fall either way. Of the model's `generation_config` only the end
+and padding tokens are used: its sampling defaults and penalties are not what a request with `temperature=0` asks for.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import inspect
@@ -58,8 +59,9 @@ def uniform(seed: int, position: int) -> float:
 def sample_token(logits: torch.Tensor, temperature: float, top_p: float, top_k: int, u: float) -> int:
     """The token that `u` picks from logits of shape (vocab,) by inverse transform, after temperature, top-k and top-p.
 
-    Top-p keeps the smallest set of likeliest tokens whose probabilities reach `top_p` (Holtzman et al., "The Curious Case of
-    Neural Text Degeneration", 2020, section 3.1). Tokens are taken likeliest first, the lower id first among equals.
+    Top-p keeps the smallest set of likeliest tokens whose probabilities reach `top_p` (Holtzman et al., "The Curious
+    Case of Neural Text Degeneration", 2020, section 3.1). Tokens are taken likeliest first, the lower id first among
+    equals.
     """
     values, order = torch.sort(logits.double().cpu() / temperature, descending=True, stable=True)
     if top_k:
@@ -74,8 +76,8 @@ def sample_token(logits: torch.Tensor, temperature: float, top_p: float, top_k: 
 class Detokenizer:
     """The text of a growing list of tokens, piece by piece, never with half a character.
 
-    `push(token)` gives back the text that is certain by now, `flush()` the rest. Pieces concatenate to the decoded list. Decodes a
-    short window that begins at the last certain boundary, so a token costs the same at any length.
+    `push(token)` gives back the text that is certain by now, `flush()` the rest. Pieces concatenate to the decoded
+    list. Decodes a short window that begins at the last certain boundary, so a token costs the same at any length.
     """
 
     __slots__ = ("_base", "_decode", "_ids", "_prefix", "_read", "_sent")
@@ -108,9 +110,31 @@ class Detokenizer:
 class _Row:
     """One request on its way through a batch."""
 
-    __slots__ = ("_detokenizer", "_stops", "_tell", "deadline", "error", "finish", "ids", "item", "limit", "request", "said", "seed", "tokens")
+    __slots__ = (
+        "_detokenizer",
+        "_stops",
+        "_tell",
+        "deadline",
+        "error",
+        "finish",
+        "ids",
+        "item",
+        "limit",
+        "request",
+        "said",
+        "seed",
+        "tokens",
+    )
 
-    def __init__(self, item: int, request: GenerateRequest, ids: list[int], limit: int, decode: Callable[[list[int]], str], on_text: OnText | None) -> None:
+    def __init__(
+        self,
+        item: int,
+        request: GenerateRequest,
+        ids: list[int],
+        limit: int,
+        decode: Callable[[list[int]], str],
+        on_text: OnText | None,
+    ) -> None:
         self.item, self.request, self.ids, self.limit = item, request, ids, limit
         self.seed = request.seed if request.seed is not None else secrets.randbits(64)
         self.deadline = None if request.timeout_s is None else time.monotonic() + request.timeout_s
@@ -151,7 +175,8 @@ class _Row:
             self.finish = "cancelled"
         elif self.deadline is not None and time.monotonic() > self.deadline:
             self.error = NodeTimeoutError(
-                f"the generation took longer than {self.request.timeout_s:g} s; {len(self.tokens)} of {self.limit} tokens were there",
+                f"the generation took longer than {self.request.timeout_s:g} s "
+                f"({len(self.tokens)} of at most {self.limit} tokens)",
                 hint="raise the timeout, lower max_tokens or use a smaller model",
             )
 
@@ -177,14 +202,14 @@ class _Row:
 class HFBackend:
     """A causal language model from a local folder or the Hugging Face hub.
 
-    `model` is a folder with `config.json`, `*.safetensors` and a tokenizer (never fetched, never trusted to run code), or a
-    hub id such as `Qwen/Qwen3-0.6B`, which is downloaded unless it is cached. `dtype` is "float32", "bfloat16", "float16"
-    or "auto" (the checkpoint's own). `device` None takes the GPU if there is one. `max_batch` rows share a forward pass.
-    `threads` sets torch's threads for the whole process; on a busy machine one is often the fastest.
+    `model` is a folder with `config.json`, `*.safetensors` and a tokenizer (never fetched, never trusted to run code),
+    or a hub id such as `Qwen/Qwen3-0.6B`, which is downloaded unless it is cached. `dtype` is "float32", "bfloat16",
+    "float16" or "auto" (the checkpoint's own). `device` None takes the GPU if there is one. `max_batch` rows share a
+    forward pass. `threads` sets torch's threads for the whole process; on a busy machine one is often the fastest.
 
     Raises `ResourceError`: F064 no such folder or hub id, F065 damaged, incomplete or not safetensors, F066 no
-    tokenizer, F067 not a causal language model. A single request fails with F068 where its prompt exceeds the model's context and
-    with F069 where it does not fit into memory alone.
+    tokenizer, F067 not a causal language model. A single request fails with F068 where its prompt exceeds the model's
+    context and with F069 where it does not fit into memory alone.
     """
 
     kind = "language-model"
@@ -203,7 +228,9 @@ class HFBackend:
         if dtype != "auto" and dtype not in _DTYPES:
             raise ResourceError(f"unknown dtype {dtype!r}", hint=f"use one of {', '.join(_DTYPES)}, auto")
         if max_batch < 1:
-            raise ResourceError(f"max_batch must be at least 1, not {max_batch}", hint="give the number of rows in a batch")
+            raise ResourceError(
+                f"max_batch must be at least 1, not {max_batch}", hint="give the number of rows in a batch"
+            )
         source, local = _locate(model)
         self.name = name or Path(source).name
         self.max_batch = max_batch
@@ -215,7 +242,9 @@ class HFBackend:
         where: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False, "revision": revision or "main"}
         config = _load_config(source, where)
         self._tokenizer: Any = _load_tokenizer(source, where)
-        self._model: Any = _load_model(source, config, dtype if dtype == "auto" else _DTYPES[dtype], where).to(self._device)
+        self._model: Any = _load_model(source, config, dtype if dtype == "auto" else _DTYPES[dtype], where).to(
+            self._device
+        )
         text_config = config.get_text_config(decoder=True)
         self._context: int | None = getattr(text_config, "max_position_embeddings", None)
         self._vocab: int = text_config.vocab_size
@@ -223,7 +252,12 @@ class HFBackend:
         ends = generation.eos_token_id if generation.eos_token_id is not None else self._tokenizer.eos_token_id
         self._end_tokens = frozenset([ends] if isinstance(ends, int) else ends or [])
         self._pad = next(
-            (t for t in (generation.pad_token_id, self._tokenizer.pad_token_id, *sorted(self._end_tokens)) if isinstance(t, int)), 0
+            (
+                t
+                for t in (generation.pad_token_id, self._tokenizer.pad_token_id, *sorted(self._end_tokens))
+                if isinstance(t, int)
+            ),
+            0,
         )
         self._forward_names = frozenset(inspect.signature(self._model.forward).parameters)
         self._one_by_one = _why_not_batched(text_config, self._model, self._forward_names) or self._probe()
@@ -295,8 +329,8 @@ class HFBackend:
     ) -> Sequence[Generation | Exception]:
         """Completes every request; see `LLMBackend.generate`.
 
-        The answer is cut at the end of the model's context if `max_tokens` reaches beyond it (finish reason
-        "length"). Lone surrogates in a prompt are read as U+FFFD. `completion_tokens` counts the end token or stop string too.
+        The answer is cut at the end of the model's context if `max_tokens` reaches beyond it (finish reason "length").
+        Lone surrogates in a prompt are read as U+FFFD. `completion_tokens` counts the end token or stop string too.
         """
         with self._lock:
             self._open()
@@ -355,7 +389,7 @@ class HFBackend:
                 raise
             if len(rows) == 1:
                 rows[0].error = ResourceError(
-                    f"{self.name} ran out of memory on {self._device} over one request of {len(rows[0].ids)} prompt tokens",
+                    f"{self.name} ran out of memory on {self._device} over one prompt of {len(rows[0].ids)} tokens",
                     code="F069",
                     hint="shorten the prompt, lower max_tokens, use dtype bfloat16 or a smaller model",
                 )
@@ -406,7 +440,10 @@ class HFBackend:
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             generation_config=transformers.GenerationConfig(
-                max_new_tokens=row.limit - len(row.tokens), do_sample=False, pad_token_id=self._pad, eos_token_id=sorted(self._end_tokens) or None
+                max_new_tokens=row.limit - len(row.tokens),
+                do_sample=False,
+                pad_token_id=self._pad,
+                eos_token_id=sorted(self._end_tokens) or None,
             ),
             logits_processor=[force],
             stopping_criteria=[stop],
@@ -418,7 +455,9 @@ class HFBackend:
         for i, row in enumerate(rows):
             r = row.request
             if r.temperature > 0:
-                tokens[i] = sample_token(logits[i].float(), r.temperature, r.top_p, r.top_k, uniform(row.seed, len(row.tokens)))
+                tokens[i] = sample_token(
+                    logits[i].float(), r.temperature, r.top_p, r.top_k, uniform(row.seed, len(row.tokens))
+                )
         return tokens
 
     # Choice
@@ -426,10 +465,11 @@ class HFBackend:
     def choose(self, requests: Sequence[ChooseRequest]) -> Sequence[int | Exception]:
         """The option with the highest total log-probability as a continuation of its prompt, ties to the first.
 
-        The option's tokens are those of its text alone, put after the prompt's; nothing is inserted between, so a prompt that ends
-        in "Answer:" wants options such as " yes". Log-probabilities are summed and not divided by length: of options that share a
-        beginning the shorter scores at least as high, so let options differ in their first words. One prefill
-        per prompt, and one short forward for what options have beyond their first token; nothing is decoded.
+        The option's tokens are those of its text alone, put after the prompt's; nothing is inserted between, so a
+        prompt that ends in "Answer:" wants options such as " yes". Log-probabilities are summed and not divided by
+        length: of options that share a beginning the shorter scores at least as high, so let options differ in their
+        first words. One prefill per prompt, and one short forward for what options have beyond their first token;
+        nothing is decoded.
         """
         with self._lock, torch.inference_mode():
             self._open()
@@ -450,7 +490,9 @@ class HFBackend:
             for at in range(0, len(asked), self.max_batch):
                 chunk = asked[at : at + self.max_batch]
                 for (item, _, _), outcome in zip(chunk, self._score(chunk), strict=True):
-                    results[item] = outcome if isinstance(outcome, Exception) else max(range(len(outcome)), key=outcome.__getitem__)
+                    results[item] = (
+                        outcome if isinstance(outcome, Exception) else max(range(len(outcome)), key=outcome.__getitem__)
+                    )
             return [results[item] for item in range(len(requests))]
 
     def _score(self, asked: Sequence[tuple[int, list[int], list[list[int]]]]) -> list[list[float] | Exception]:
@@ -465,7 +507,7 @@ class HFBackend:
             if len(asked) == 1:
                 return [
                     ResourceError(
-                        f"{self.name} ran out of memory on {self._device} over one choice of {len(asked[0][1])} prompt tokens",
+                        f"{self.name} ran out of memory on {self._device} over one choice of {len(asked[0][1])} tokens",
                         code="F069",
                         hint="shorten the prompt, use dtype bfloat16 or a smaller model",
                     )
@@ -477,7 +519,12 @@ class HFBackend:
         logits, cache, mask = self._prefill([ids for _, ids, _ in asked])
         first = torch.log_softmax(logits.float(), dim=-1)
         scores = [[float(first[i, option[0]]) for option in options] for i, (_, _, options) in enumerate(asked)]
-        longer = [(i, j, option) for i, (_, _, options) in enumerate(asked) for j, option in enumerate(options) if len(option) > 1]
+        longer = [
+            (i, j, option)
+            for i, (_, _, options) in enumerate(asked)
+            for j, option in enumerate(options)
+            if len(option) > 1
+        ]
         # The prompts' cache rows are repeated for the options that need more than the prompt's own last logits.
         for at in range(0, len(longer), self.max_batch):
             part = longer[at : at + self.max_batch]
@@ -512,10 +559,14 @@ class HFBackend:
         cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
         return self._forward(ids, mask, positions, cache)[:, -1], cache, mask
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache, keep: int = 1) -> torch.Tensor:
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache, keep: int = 1
+    ) -> torch.Tensor:
         """Logits of the last `keep` positions, of shape (rows, keep, vocab)."""
         extra = {"logits_to_keep": keep} if "logits_to_keep" in self._forward_names else {}
-        out = self._model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **extra)
+        out = self._model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **extra
+        )
         logits: torch.Tensor = out.logits[:, -keep:]
         return logits
 
@@ -560,8 +611,6 @@ class HFBackend:
 
 def _select(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
     """A new cache of the chosen rows (repetitions allowed); `cache` is left as it is."""
-    import copy
-
     branch = copy.copy(cache)
     branch.layers = [copy.copy(layer) for layer in cache.layers]
     branch.batch_select_indices(rows)
@@ -574,31 +623,50 @@ def _locate(model: str | os.PathLike[str]) -> tuple[str, bool]:
     if path.is_dir():
         return str(path), True
     if path.exists():
-        raise ResourceError(f"{path} is a file, not a model folder", code="F064", hint="name the folder that holds config.json")
+        raise ResourceError(
+            f"{path} is a file, not a model folder", code="F064", hint="name the folder that holds config.json"
+        )
     text = os.fspath(model)
     if isinstance(model, str) and _HUB_ID.fullmatch(text) and not text.startswith("."):
         return text, False
     raise ResourceError(
         f"there is no model folder {path}",
         code="F064",
-        hint="give a folder with config.json, *.safetensors and tokenizer.json, or a hub id such as Qwen/Qwen3-0.6B; `flowc model tiny DIR` writes one for tests",
+        hint="give a folder with config.json, *.safetensors and tokenizer.json, or a hub id such as Qwen/Qwen3-0.6B; "
+        "`flowc model tiny DIR` writes one for tests",
     )
 
 
 def _load_config(source: str, where: dict[str, Any]) -> Any:
     if where["local_files_only"] and not (Path(source) / "config.json").is_file():
-        raise ResourceError(f"{source} holds no config.json", code="F065", hint="name the folder that save_pretrained wrote, or a snapshot of the hub")
+        raise ResourceError(
+            f"{source} holds no config.json",
+            code="F065",
+            hint="name the folder that save_pretrained wrote, or a snapshot of the hub",
+        )
     try:
         config: Any = transformers.AutoConfig.from_pretrained(source, **where)
     except Exception as e:  # transformers and the hub raise many types for a bad configuration
         raise _unreadable(source, where, e) from e
     names = getattr(config, "architectures", None) or []
     causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
-    if getattr(config, "is_encoder_decoder", False) or not causal or (names and not any("LM" in n or "ConditionalGeneration" in n for n in names)):
+    if (
+        getattr(config, "is_encoder_decoder", False)
+        or not causal
+        or (names and not any("LM" in n or "ConditionalGeneration" in n for n in names))
+    ):
         what = ", ".join(names) or type(config).__name__
-        raise ResourceError(f"{source} is no causal language model: it holds {what}", code="F067", hint="use a model whose architecture ends in ForCausalLM")
+        raise ResourceError(
+            f"{source} is no causal language model: it holds {what}",
+            code="F067",
+            hint="use a model whose architecture ends in ForCausalLM",
+        )
     if any("MaskedLM" in n for n in names):
-        raise ResourceError(f"{source} is no causal language model: it holds {', '.join(names)}", code="F067", hint="use a model whose architecture ends in ForCausalLM")
+        raise ResourceError(
+            f"{source} is no causal language model: it holds {', '.join(names)}",
+            code="F067",
+            hint="use a model whose architecture ends in ForCausalLM",
+        )
     return config
 
 
@@ -614,9 +682,10 @@ def _load_tokenizer(source: str, where: dict[str, Any]) -> Any:
 
 
 def _load_model(source: str, config: Any, dtype: Any, where: dict[str, Any]) -> Any:
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
     try:
         with _quiet():
-            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            model, loading = load(
                 source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
             )
     except Exception as e:
@@ -624,7 +693,11 @@ def _load_model(source: str, config: Any, dtype: Any, where: dict[str, Any]) -> 
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers would go on with random numbers in their place
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ResourceError(f"the weights of {source} are incomplete: {missing[0]}{more} missing", code="F065", hint="fetch the model again")
+        raise ResourceError(
+            f"the weights of {source} are incomplete: {missing[0]}{more} missing",
+            code="F065",
+            hint="fetch the model again",
+        )
     return model.eval()
 
 
@@ -660,7 +733,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _is_out_of_memory(e: Exception) -> bool:
-    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or (isinstance(e, RuntimeError) and "can't allocate memory" in str(e))
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(e, RuntimeError) and "can't allocate memory" in str(e)
+    )
 
 
 def _why_not_batched(config: Any, model: Any, forward_names: frozenset[str]) -> str:

@@ -33,7 +33,11 @@ CHAT_TEMPLATE = (  # ChatML
 INITIALIZER_RANGE = 0.15  # at the usual 0.02 a small random model repeats one token, and ties hide mistakes
 CORPUS_CHARACTERS = 1_500_000  # enough for some thousands of merges, and trained in about a second
 _BUNDLED = Path(__file__).resolve().parents[2] / "data" / "pydocs" / "passages.jsonl.gz"
-_DOCUMENTED = "argparse ast asyncio collections csv datetime email functools heapq inspect itertools json logging os pathlib pickle random re socket sqlite3 statistics string subprocess tarfile textwrap threading typing unittest urllib.request zipfile"
+_DOCUMENTED = (  # modules whose docstrings stand in for the documentation outside a checkout
+    "argparse ast asyncio collections csv datetime email functools heapq inspect itertools json logging os "
+    "pathlib pickle random re socket sqlite3 statistics string subprocess tarfile textwrap threading typing "
+    "unittest urllib.request zipfile "
+)
 
 
 def write_tiny_model(
@@ -51,10 +55,10 @@ def write_tiny_model(
 ) -> Path:
     """Writes a complete model folder with **random weights**; the folder, which is made if need be.
 
-    The weights are normal with a standard deviation of 0.15, input and output embeddings apart, so that outputs vary. The tokenizer is trained on `corpus`,
-    by default the bundled Python documentation (outside a checkout: Python's own docstrings); a small corpus may give fewer
-    tokens than `vocab`, and the model then has as many. The same arguments and corpus give byte-identical files.
-    Raises `ConfigError` where the sizes do not fit each other.
+    The weights are normal with a standard deviation of 0.15, input and output embeddings apart, so that outputs vary.
+    The tokenizer is trained on `corpus`, by default the bundled Python documentation (outside a checkout: Python's own
+    docstrings); a small corpus may give fewer tokens than `vocab`, and the model then has as many. The same arguments
+    and corpus give byte-identical files. Raises `ConfigError` where the sizes do not fit each other.
     """
     if min(layers, hidden, heads, kv_heads, context) < 1 or hidden % heads or heads % kv_heads or (hidden // heads) % 2:
         raise ConfigError(
@@ -62,7 +66,9 @@ def write_tiny_model(
             hint="hidden must be an even multiple of heads and heads a multiple of kv_heads; all at least 1",
         )
     if vocab < 256 + 4:
-        raise ConfigError(f"vocab={vocab} is too small", hint="byte-level BPE needs 256 bytes and 4 special tokens: at least 260")
+        raise ConfigError(
+            f"vocab={vocab} is too small", hint="byte-level BPE needs 256 bytes and 4 special tokens: at least 260"
+        )
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _train_tokenizer(_bundled_text() if corpus is None else corpus, vocab)
@@ -108,10 +114,14 @@ def write_tiny_model(
     _write_json(folder / "tokenizer_config.json", settings)
     tokenizer.save(str(folder / "tokenizer.json"))
     shapes = _shapes(size, hidden, intermediate, layers, heads * head_dim, kv_heads * head_dim, bias)
-    save_file(_random_weights(shapes, seed), str(folder / "model.safetensors"), metadata={"format": "pt", "flowc": f"random weights, seed {seed}"})
+    save_file(
+        _random_weights(shapes, seed),
+        str(folder / "model.safetensors"),
+        metadata={"format": "pt", "flowc": f"random weights, seed {seed}"},
+    )
     (folder / "README.md").write_text(
-        f"A {architecture} model with **random weights** (seed {seed}), written by `flowc model tiny` for tests and benchmarks.\n"
-        "What it generates means nothing.\n",
+        f"A {architecture} model with **random weights** (seed {seed}), written by\n"
+        "`flowc model tiny` for tests and benchmarks. What it generates means nothing.\n",
         encoding="utf-8",
     )
     return folder
@@ -131,7 +141,9 @@ def _train_tokenizer(corpus: Iterable[str], vocab: int) -> Tokenizer:
     return tokenizer
 
 
-def _shapes(vocab: int, hidden: int, intermediate: int, layers: int, q: int, kv: int, bias: bool) -> dict[str, tuple[int, ...]]:
+def _shapes(
+    vocab: int, hidden: int, intermediate: int, layers: int, q: int, kv: int, bias: bool
+) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight, as transformers' Llama and Qwen2 name them."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     for i in range(layers):
@@ -189,4 +201,6 @@ def _docstrings() -> Iterator[str]:
             if inspect.isclass(value) or inspect.isfunction(value):
                 yield inspect.getdoc(value) or ""
                 if inspect.isclass(value):
-                    yield from (inspect.getdoc(f) or "" for _, f in sorted(vars(value).items()) if inspect.isfunction(f))
+                    yield from (
+                        inspect.getdoc(f) or "" for _, f in sorted(vars(value).items()) if inspect.isfunction(f)
+                    )
