@@ -5,30 +5,72 @@ The language layer knows no runtime. It asks the host, which the facade installs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from flowc.ir.core import Graph
+
+T = TypeVar("T")
+
+
+class MapResult(list[T]):
+    """Results in the order of their inputs. A failed input's error stands in its place; `errors` has them by position."""
+
+    def __init__(self, outcomes: Iterable[Any]) -> None:
+        self.outcomes = tuple(outcomes)
+        super().__init__(o.error if o.error is not None else o.value for o in self.outcomes)
+
+    @property
+    def errors(self) -> dict[int, BaseException]:
+        return {i: o.error for i, o in enumerate(self.outcomes) if o.error is not None}
+
+    def raise_errors(self) -> None:
+        """Raises an ExceptionGroup of all errors, if there are any."""
+        if self.errors:
+            raise BaseExceptionGroup(f"{len(self.errors)} of {len(self)} inputs failed", list(self.errors.values()))
 
 
 class Executable(Protocol):
-    """A compiled graph as the host runs it."""
+    """A compiled graph as the host runs it. Times are in seconds, for each program."""
 
+    @property
+    def compilation(self) -> Any: ...
+    @property
+    def plan(self) -> Any: ...
     def run(self, args: tuple[Any, ...], *, timeout_s: float | None = None) -> Any: ...
     async def run_async(self, args: tuple[Any, ...], *, timeout_s: float | None = None) -> Any: ...
+    def stream(self, args: tuple[Any, ...]) -> Iterator[str]: ...
+    def astream(self, args: tuple[Any, ...]) -> AsyncIterator[str]: ...
+    def map(
+        self,
+        rows: Sequence[tuple[Any, ...]],
+        *,
+        concurrency: int | None = None,
+        timeout_s: float | None = None,
+        progress: bool | None = None,
+        on_done: Callable[[int, Any], None] | None = None,
+        label: str = "",
+    ) -> MapResult[Any]: ...
+    async def amap(
+        self,
+        rows: Sequence[tuple[Any, ...]],
+        *,
+        concurrency: int | None = None,
+        timeout_s: float | None = None,
+        on_done: Callable[[int, Any], None] | None = None,
+    ) -> MapResult[Any]: ...
     def explain(self) -> str: ...
+    def save(self, path: str | Path) -> Path: ...
 
 
 class Host(Protocol):
-    """Compiles graphs, runs them, and serves direct calls of resources."""
+    """Compiles graphs and serves direct calls of resources."""
 
-    def compile_graph(self, graph: Graph, opt: int | None = None, passes: str | None = None) -> Any: ...
-    def map(self, jobs: Iterable[tuple[Any, tuple[Any, ...]]], **options: Any) -> Any: ...
+    def compile_graph(self, graph: Graph, opt: int | None = None, passes: str | None = None) -> Executable: ...
     def request(self, op: str, resource: str, operands: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """Runs one operation of a resource now and blocks for its result."""
         ...

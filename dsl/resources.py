@@ -39,7 +39,12 @@ class LLM(Resource):
     """A language model (or a stand-in). `LLM("default")` is what `[llm.default]` in flowc.toml says; else the bundled reader."""
 
     name: str = "default"
-    operations: ClassVar[Mapping[str, str]] = {"generate": "generate", "chat": "generate", "choose": "choose", "parse": "parse"}
+    operations: ClassVar[Mapping[str, str]] = {
+        "generate": "generate",
+        "chat": "generate",
+        "choose": "choose",
+        "parse": "parse",
+    }
 
     def generate(
         self,
@@ -99,7 +104,13 @@ class LLM(Resource):
 
         The schema is appended to the prompt; text that does not validate raises pydantic's ValidationError.
         """
-        options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "timeout": timeout, "model": model}
+        options = {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            "timeout": timeout,
+            "model": model,
+        }
         result: M = self._request("parse", (prompt,), options)
         return result
 
@@ -120,7 +131,9 @@ class Index(Resource):
     name: str = "default"
     operations: ClassVar[Mapping[str, str]] = {"search": "search"}
 
-    def search(self, query: str, k: int | None = None, *, nprobe: int | None = None, timeout: float | None = None) -> Docs:
+    def search(
+        self, query: str, k: int | None = None, *, nprobe: int | None = None, timeout: float | None = None
+    ) -> Docs:
         """The `k` passages (default 4) nearest to `query`, best first; ties by id."""
         result: Docs = self._request("search", (query,), {"k": k, "nprobe": nprobe, "timeout": timeout})
         return result

@@ -31,7 +31,9 @@ class Tool(Generic[P, R]):
         description: str | None = None,
     ) -> None:
         if retries and not idempotent:
-            raise ValueError(f"tool {fn.__name__!r}: retries need idempotent=True, since a failed call may have had its effect")
+            raise ValueError(
+                f"tool {fn.__name__!r}: retries need idempotent=True, since a failed call may have had its effect"
+            )
         functools.update_wrapper(self, fn)
         self.fn = fn
         self.name = name or fn.__name__
@@ -82,8 +84,8 @@ def tool(
 ) -> Tool[P, R] | Callable[[Callable[P, R]], Tool[P, R]]:
     """Declares a function as a tool: a step of its own, with effects, a `timeout` in seconds and `retries` if it is idempotent.
 
-        @tool(reads="weather", timeout=2.0, idempotent=True, retries=2)
-        async def forecast(city: str) -> str: ...
+    @tool(reads="weather", timeout=2.0, idempotent=True, retries=2)
+    async def forecast(city: str) -> str: ...
     """
 
     def declare(f: Callable[P, R]) -> Tool[P, R]:

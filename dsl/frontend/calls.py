@@ -18,12 +18,27 @@ from ..tools import Tool
 from .expressions import Expressions
 from .names import MISSING
 from .purity import PURE, Info, Site, result_type
+from .source import synthetic
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_RESULTS: dict[str, Type] = {"generate": TEXT, "choose": TEXT, "parse": ANY, "search": DOCS, "rerank": DOCS, "embed": VECTOR}
-_OPERANDS = {"generate": ("prompt",), "choose": ("prompt", "options"), "parse": ("prompt",), "search": ("query",), "rerank": ("query", "docs"), "embed": ("text",)}
+_RESULTS: dict[str, Type] = {
+    "generate": TEXT,
+    "choose": TEXT,
+    "parse": ANY,
+    "search": DOCS,
+    "rerank": DOCS,
+    "embed": VECTOR,
+}
+_OPERANDS = {
+    "generate": ("prompt",),
+    "choose": ("prompt", "options"),
+    "parse": ("prompt",),
+    "search": ("query",),
+    "rerank": ("query", "docs"),
+    "embed": ("text",),
+}
 _CHAT_SCOPE = "flowc.dsl.resources:LLM"
 
 
@@ -58,7 +73,11 @@ class Calls(Expressions):
         if kind == "tool":
             return bool(found.is_async)
         if kind == "workflow":
-            return self.is_async if getattr(found, "__flowc_agent__", False) else bool(found.is_async) or _is_aio(self.resolver.resolve(node.func))
+            return (
+                self.is_async
+                if getattr(found, "__flowc_agent__", False)
+                else bool(found.is_async) or _is_aio(self.resolver.resolve(node.func))
+            )
         return self.is_async and kind == "resource"
 
     def operation_type(self, node: ast.Call) -> Type:
@@ -75,7 +94,12 @@ class Calls(Expressions):
             value = self.lower_call(started, hint)
             assert value is not None
             return self._as_task(value)
-        if isinstance(node.func, ast.Attribute) and node.func.attr == "result" and not node.args and self._is_task(node.func.value):
+        if (
+            isinstance(node.func, ast.Attribute)
+            and node.func.attr == "result"
+            and not node.args
+            and self._is_task(node.func.value)
+        ):
             assert isinstance(node.func.value, ast.Name)
             return self.awaited(self.env[node.func.value.id])
         found = self.target(node)
@@ -97,7 +121,11 @@ class Calls(Expressions):
         if len(node.args) != 1 or not isinstance(node.args[0], ast.Call) or not self.is_operation(node.args[0]):
             return None
         target = self.resolver.resolve(node.func)
-        in_group = isinstance(node.func, ast.Attribute) and node.func.attr == "create_task" and isinstance(node.func.value, ast.Name)
+        in_group = (
+            isinstance(node.func, ast.Attribute)
+            and node.func.attr == "create_task"
+            and isinstance(node.func.value, ast.Name)
+        )
         if target in (asyncio.create_task, asyncio.ensure_future) or (in_group and node.func.value.id in self.groups):  # type: ignore[attr-defined]
             return node.args[0]
         return None
@@ -111,22 +139,39 @@ class Calls(Expressions):
     def lower_gather(self, node: ast.Call, hint: str) -> Value:
         """`await asyncio.gather(...)` over operations: they stand one after another and run as their data allows."""
         if node.keywords:
-            self.fail(node, "F016", "asyncio.gather with options over operations cannot be captured", "use try/except around the operations")
+            self.fail(
+                node,
+                "F016",
+                "asyncio.gather with options over operations cannot be captured",
+                "use try/except around the operations",
+            )
         plain = [a for a in node.args if not self.has_op(a) and not self._is_task(a)]
         if any(isinstance(a, ast.Starred) for a in plain):
-            self.fail(node, "F016", "asyncio.gather mixes operations with a starred list of coroutines", "gather the two apart")
+            self.fail(
+                node,
+                "F016",
+                "asyncio.gather mixes operations with a starred list of coroutines",
+                "gather the two apart",
+            )
         rest: dict[int, Value] = {}
         for a in node.args:
             if isinstance(a, ast.Starred):
                 inner = a.value
                 if not isinstance(inner, (ast.ListComp, ast.GeneratorExp)):
-                    self.fail(a, "F016", "asyncio.gather over a starred expression with operations", "write *[op(x) for x in xs]")
-                listed = ast.copy_location(ast.ListComp(_awaiting(inner.elt), inner.generators), inner)
+                    self.fail(
+                        a,
+                        "F016",
+                        "asyncio.gather over a starred expression with operations",
+                        "write *[op(x) for x in xs]",
+                    )
+                listed = synthetic(ast.ListComp(_awaiting(inner.elt), inner.generators), inner)
                 rest[id(a)] = self.lower(listed, hint)
             elif a not in plain:
-                rest[id(a)] = self.awaited(self.env[a.id]) if isinstance(a, ast.Name) else self.lower(_awaiting(a), hint)
+                rest[id(a)] = (
+                    self.awaited(self.env[a.id]) if isinstance(a, ast.Name) else self.lower(_awaiting(a), hint)
+                )
         if plain:
-            call = ast.copy_location(ast.Await(ast.copy_location(ast.Call(node.func, list(plain), []), node)), node)
+            call = synthetic(ast.Await(ast.Call(node.func, list(plain), [])), node)
             both = self.py_expr(call, "gathered")
             for i, a in enumerate(plain):
                 (rest[id(a)],) = self.py(f"gathered[{i}]", [("gathered", both)], Info(ANY, PURE, False), hint="v")
@@ -139,7 +184,7 @@ class Calls(Expressions):
             ast.Starred(ast.Name(n, ast.Load()), ast.Load()) if isinstance(a, ast.Starred) else ast.Name(n, ast.Load())
             for n, a in zip(placeholders, node.args, strict=True)
         ]
-        listed_all = ast.fix_missing_locations(ast.copy_location(ast.List(parts, ast.Load()), node))
+        listed_all = synthetic(ast.List(parts, ast.Load()), node)
         return self.py_expr(listed_all, hint, placeholders)
 
     # -- resources
@@ -153,7 +198,12 @@ class Calls(Expressions):
             if name == "model":
                 model = self.resolver.resolve(arg)
                 if not isinstance(model, type):
-                    self.fail(arg, "F017", "parse needs a pydantic class that is known when the workflow is captured", "name the class itself")
+                    self.fail(
+                        arg,
+                        "F017",
+                        "parse needs a pydantic class that is known when the workflow is captured",
+                        "name the class itself",
+                    )
                 attrs["model"] = model.__name__
                 attrs["ref"] = f"{model.__module__}:{model.__qualname__}"
                 self.builder.symbols[model.__name__] = model
@@ -182,9 +232,13 @@ class Calls(Expressions):
 
     def _chat(self, messages: ast.expr) -> Value:
         value = self.lower(messages, "messages")
-        self.builder.scopes.setdefault(_CHAT_SCOPE, Scope(vars(resources_module), {}, resources_module.__file__ or "", "chat"))
+        self.builder.scopes.setdefault(
+            _CHAT_SCOPE, Scope(vars(resources_module), {}, resources_module.__file__ or "", "chat")
+        )
         info = Info(TEXT, Info(value.type).touch, True)
-        (prompt,) = self.py(f"{chat_prompt.__name__}(messages)", [("messages", value)], info, hint="prompt", scope=_CHAT_SCOPE)
+        (prompt,) = self.py(
+            f"{chat_prompt.__name__}(messages)", [("messages", value)], info, hint="prompt", scope=_CHAT_SCOPE
+        )
         return prompt
 
     def _constant(self, node: ast.expr) -> Any:
@@ -221,7 +275,9 @@ class Calls(Expressions):
         (value,) = self.builder.emit("tool", operands, [(hint if hint != "v" else tool.name, declared)], attrs)
         return self.know(value, is_declared=declared != ANY)
 
-    def _argument_effects(self, operands: Sequence[Value], reads: Sequence[str], writes: Sequence[str]) -> dict[str, Attr]:
+    def _argument_effects(
+        self, operands: Sequence[Value], reads: Sequence[str], writes: Sequence[str]
+    ) -> dict[str, Attr]:
         """Effects of a call that is given these values: objects that may change are read, lists that it may keep escape."""
         for v in operands:
             self.escaped |= self.fact(v).sites
@@ -252,7 +308,9 @@ class Calls(Expressions):
             "refs": tuple(_ref(t) or "" for t in tools.values()),
             **self._argument_effects([name, arguments], sorted(reads), sorted(writes)),
         }
-        (value,) = self.builder.emit("invoke", (name, arguments), [(hint if hint != "v" else "observation", ANY)], attrs)
+        (value,) = self.builder.emit(
+            "invoke", (name, arguments), [(hint if hint != "v" else "observation", ANY)], attrs
+        )
         return value
 
     # -- other workflows
@@ -315,7 +373,9 @@ def _bind(signature: inspect.Signature, node: ast.Call) -> list[tuple[str, ast.e
 
 
 def _names_for(signature: inspect.Signature, node: ast.Call) -> list[str]:
-    positional = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    positional = [
+        p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
     return positional[: len(node.args)]
 
 
@@ -329,9 +389,16 @@ def _is_aio(found: Any) -> bool:
 
 
 def _awaiting(node: ast.expr) -> ast.expr:
-    return node if isinstance(node, ast.Await) else ast.copy_location(ast.Await(node), node)
+    return node if isinstance(node, ast.Await) else synthetic(ast.Await(node), node)
 
 
-_HINT = {"generate": "text", "choose": "choice", "parse": "object", "search": "docs", "rerank": "docs", "embed": "vector"}
+_HINT = {
+    "generate": "text",
+    "choose": "choice",
+    "parse": "object",
+    "search": "docs",
+    "rerank": "docs",
+    "embed": "vector",
+}
 
 __all__ = ["Calls"]

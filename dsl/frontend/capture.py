@@ -12,11 +12,11 @@ from typing import Any, Protocol
 from flowc.ir.builder import Builder
 from flowc.ir.core import Graph, Scope
 from flowc.ir.errors import CaptureError
-from flowc.ir.types import ANY, Type, accepts, is_immutable, type_of
+from flowc.ir.types import Type
 
 from .liveness import RETURN_VALUE, Liveness, binds
 from .names import Guard, Resolver
-from .purity import Site, annotation_type
+from .purity import Site
 from .source import FunctionSource, function_source, scope_name
 from .statements import Statements
 
@@ -80,7 +80,15 @@ class Session:
             builder = Builder(name, list(zip(parameters, types, strict=True)), scope=scope, loc=src.loc(src.node))
             builder.scopes, builder.symbols = self.scopes, self.symbols
             lowering = Statements(
-                self, src, resolver, live, builder, local, isinstance(src.node, ast.AsyncFunctionDef), tainted, workflow.max_iterations
+                self,
+                src,
+                resolver,
+                live,
+                builder,
+                local,
+                isinstance(src.node, ast.AsyncFunctionDef),
+                tainted,
+                workflow.max_iterations,
             )
             lowering.outer_names = frozenset(declared)
             lowering.binding_counts, lowering.bound_in_loops = _bindings(src.node, parameters)
@@ -108,7 +116,9 @@ class Session:
 
 
 def _same_scope(a: Scope, b: Scope) -> bool:
-    return a.globals is b.globals and a.cells.keys() == b.cells.keys() and all(a.cells[k] is b.cells[k] for k in a.cells)
+    return (
+        a.globals is b.globals and a.cells.keys() == b.cells.keys() and all(a.cells[k] is b.cells[k] for k in a.cells)
+    )
 
 
 def capture(workflow: Captured, types: Sequence[Type]) -> tuple[Graph, tuple[Guard, ...]]:
@@ -121,27 +131,6 @@ def capture(workflow: Captured, types: Sequence[Type]) -> tuple[Graph, tuple[Gua
     assert entry.graph is not None
     others = tuple(c.graph for c in session.callees.values() if c is not entry and c.graph is not None)
     return replace(entry.graph, callees=others), tuple(session.guards.values())
-
-
-def parameter_types(signature: inspect.Signature) -> tuple[Type, ...]:
-    """The types that the annotations promise."""
-    return tuple(annotation_type(p.annotation) for p in signature.parameters.values())
-
-
-def argument_types(signature_types: Sequence[Type], args: Sequence[Any]) -> tuple[Type, ...]:
-    """The types to compile for: what is annotated where the argument agrees, what the argument is where nothing is, else `any`."""
-    found = []
-    for declared, value in zip(signature_types, args, strict=True):
-        actual = type_of(value)
-        if declared == actual:
-            found.append(declared)
-        elif declared != ANY and accepts(declared, actual) and is_immutable(actual):
-            found.append(actual)
-        elif actual.name == "sequence" or is_immutable(actual):
-            found.append(actual)
-        else:
-            found.append(ANY)
-    return tuple(found)
 
 
 def _check(src: FunctionSource, workflow: Captured) -> None:
@@ -166,10 +155,17 @@ def _check(src: FunctionSource, workflow: Captured) -> None:
     for p in workflow.signature.parameters.values():
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             given = node.args.vararg if p.kind == p.VAR_POSITIONAL else node.args.kwarg
-            fail(given or node, "F018", f"`*{p.name}` in the signature of a workflow cannot be captured", "take a list or a dict as one parameter")
+            fail(
+                given or node,
+                "F018",
+                f"`*{p.name}` in the signature of a workflow cannot be captured",
+                "take a list or a dict as one parameter",
+            )
 
 
-def _bindings(node: ast.FunctionDef | ast.AsyncFunctionDef, parameters: Sequence[str]) -> tuple[dict[str, int], frozenset[str]]:
+def _bindings(
+    node: ast.FunctionDef | ast.AsyncFunctionDef, parameters: Sequence[str]
+) -> tuple[dict[str, int], frozenset[str]]:
     """How many places bind each variable, and which are bound inside a loop."""
     counts = dict.fromkeys(parameters, 1)
     in_loops: set[str] = set()

@@ -13,6 +13,7 @@ from flowc.ir.types import ANY, BOOL, INT, TEXT, Type, is_immutable, item_type, 
 from .liveness import binds
 from .names import MISSING
 from .purity import PURE, WRITES, Analyzer, Info, free_names
+from .source import synthetic
 from .state import State
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class Expressions(State):
                 items = self.comprehension(node, node.generators, node.elt, "items")
                 return self._wrap("set({})", node, items, hint)
             case ast.DictComp():
-                pair = ast.copy_location(ast.Tuple([node.key, node.value], ast.Load()), node)
+                pair = synthetic(ast.Tuple([node.key, node.value], ast.Load()), node)
                 items = self.comprehension(node, node.generators, pair, "items")
                 return self._wrap("dict({})", node, items, hint)
             case ast.GeneratorExp():
@@ -152,11 +153,13 @@ class Expressions(State):
                     "a generator expression with operations is consumed by something that flowc does not know",
                     "make it a list: [ ... for ... ]",
                 )
-            case ast.Call(ast.Name(id="any" | "all" as which), [ast.GeneratorExp() as g], []) if self._is_builtin(which):
+            case ast.Call(ast.Name(id="any" | "all" as which), [ast.GeneratorExp() as g], []) if self._is_builtin(
+                which
+            ):
                 return self._any_all(g, which, hint)
             case ast.Call(func, [ast.GeneratorExp() as g], keywords) if self.has_op(g) and self._consumes_all(func):
-                listed = ast.copy_location(ast.ListComp(g.elt, g.generators), g)
-                return self._compound(ast.copy_location(ast.Call(func, [listed], keywords), node), hint)
+                listed = synthetic(ast.ListComp(g.elt, g.generators), g)
+                return self._compound(synthetic(ast.Call(func, [listed], keywords), node), hint)
             case ast.Lambda():
                 return self.py_expr(node, hint)
         placeholders: dict[str, Value] = {}
@@ -212,7 +215,9 @@ class Expressions(State):
             if info.level == PURE and not info.raises and not isinstance(child, ast.Name):
                 return child
         if isinstance(child, ast.Attribute) and self.has_op(child):  # a method of an operation's result
-            return ast.copy_location(ast.Attribute(self._placeholder(child.value, placeholders), child.attr, child.ctx), child)
+            return ast.copy_location(
+                ast.Attribute(self._placeholder(child.value, placeholders), child.attr, child.ctx), child
+            )
         value = self.lower(child, "v")
         name = next(n for n in _fresh_names(value) if n not in placeholders and n not in self.locals)
         placeholders[name] = value
@@ -229,10 +234,12 @@ class Expressions(State):
         match node:
             case ast.IfExp():
                 test = self.lower(node.test, "test")
-                self._select_value(test, node, arm(lambda: self.lower(node.body, hint)), arm(lambda: self.lower(node.orelse, hint)))
+                self._select_value(
+                    test, node, arm(lambda: self.lower(node.body, hint)), arm(lambda: self.lower(node.orelse, hint))
+                )
             case ast.BoolOp(op, [first, *rest]):
                 value = self.lower(first, hint)
-                for_rest = rest[0] if len(rest) == 1 else ast.copy_location(ast.BoolOp(op, rest), rest[0])
+                for_rest = rest[0] if len(rest) == 1 else synthetic(ast.BoolOp(op, rest), rest[0])
                 more, keep = arm(lambda: self.lower(for_rest, hint)), arm(lambda: value)
                 self._select_value(value, node, *((more, keep) if isinstance(op, ast.And) else (keep, more)))
             case ast.Compare(left, [op, *ops], [middle, *others]):
@@ -242,7 +249,7 @@ class Expressions(State):
                 name = next(n for n in ("middle", "middle_", "_middle", "__middle") if n not in self.locals)
                 self.locals |= {name}
                 self.env[name] = b
-                tail = ast.copy_location(ast.Compare(ast.Name(name, ast.Load()), ops, others), node)
+                tail = synthetic(ast.Compare(ast.Name(name, ast.Load()), ops, others), node)
 
                 def rest_of_chain() -> Value:
                     if len(ops) > 1:
@@ -259,7 +266,7 @@ class Expressions(State):
         self.select(test, then, orelse, outs)
 
     def _compare(self, op: ast.cmpop, a: Value, b: Value, node: ast.expr) -> Value:
-        probe = ast.copy_location(ast.Compare(ast.Name("a", ast.Load()), [op], [ast.Name("b", ast.Load())]), node)
+        probe = synthetic(ast.Compare(ast.Name("a", ast.Load()), [op], [ast.Name("b", ast.Load())]), node)
         return self.py_expr(probe, "test", {"a": a, "b": b})
 
     # -- templates
@@ -275,7 +282,9 @@ class Expressions(State):
                 parts.append(n)
 
         flatten(node)
-        if not any(isinstance(p, ast.JoinedStr) or (isinstance(p, ast.Constant) and isinstance(p.value, str)) for p in parts):
+        if not any(
+            isinstance(p, ast.JoinedStr) or (isinstance(p, ast.Constant) and isinstance(p.value, str)) for p in parts
+        ):
             return []
         return parts if all(map(self._is_surely_text, parts)) else []
 
@@ -284,8 +293,11 @@ class Expressions(State):
             return True
         if isinstance(node, ast.Name) and node.id in self.locals:
             value = self.env.get(node.id)
-            return value is not None and value.type == TEXT and self.fact(value).sites == frozenset() and not (
-                self.fact(value).is_declared or self.fact(value).is_unbound or self.fact(value).is_task
+            return (
+                value is not None
+                and value.type == TEXT
+                and self.fact(value).sites == frozenset()
+                and not (self.fact(value).is_declared or self.fact(value).is_unbound or self.fact(value).is_task)
             )
         if isinstance(node, ast.Call) and self.is_operation(node):
             return self.operation_type(node) == TEXT
@@ -340,16 +352,27 @@ class Expressions(State):
             attrs["reads"] = ("py",)
         if raises:
             attrs["raises"] = True
-        return self.builder.template("".join(segments), *slots, formats=formats, hint=hint if hint != "v" else "prompt", **attrs)
+        return self.builder.template(
+            "".join(segments), *slots, formats=formats, hint=hint if hint != "v" else "prompt", **attrs
+        )
 
     # -- comprehensions
-    def comprehension(self, node: ast.expr, generators: Sequence[ast.comprehension], element: ast.expr, hint: str) -> Value:
+    def comprehension(
+        self, node: ast.expr, generators: Sequence[ast.comprehension], element: ast.expr, hint: str
+    ) -> Value:
         """A list comprehension with operations: a `foreach` that collects."""
         g, *inner = generators
         if g.is_async:
-            self.fail(node, "F014", "an asynchronous comprehension with operations cannot be captured", "collect the items first")
+            self.fail(
+                node,
+                "F014",
+                "an asynchronous comprehension with operations cannot be captured",
+                "collect the items first",
+            )
         if any(isinstance(n, ast.NamedExpr) for n in ast.walk(node)):
-            self.fail(node, "F014", "`:=` inside a comprehension with operations cannot be captured", "write a for loop")
+            self.fail(
+                node, "F014", "`:=` inside a comprehension with operations cannot be captured", "write a for loop"
+            )
         items = self.iterable(g.iter)
 
         def per_item(params: tuple[Value, ...]) -> list[Value]:
@@ -407,7 +430,7 @@ class Expressions(State):
         ):
             info = self.analyze(node)
             if info.level == PURE:
-                listed = ast.copy_location(ast.Call(ast.Name("tuple", ast.Load()), [node], []), node)
+                listed = synthetic(ast.Call(ast.Name("tuple", ast.Load()), [node], []), node)
                 if "tuple" not in self.locals and self.resolver.lookup("tuple") is tuple:
                     with self.at(node):
                         return self._listed(listed, node)
@@ -427,7 +450,9 @@ class Expressions(State):
         inputs = [(n, self.read(n)) for n in names]
         t = list_of(item) if is_immutable(item) else sequence_of(item)
         (value,) = self.py(ast.unparse(listed), inputs, Info(t, PURE, True), hint="items")
-        return self.know(value, sites=frozenset().union(*(a.sites for a in args)) if not is_immutable(item) else frozenset())
+        return self.know(
+            value, sites=frozenset().union(*(a.sites for a in args)) if not is_immutable(item) else frozenset()
+        )
 
     @staticmethod
     def iteration_effect(items: Value) -> dict[str, Attr]:
@@ -440,7 +465,12 @@ class Expressions(State):
     def _any_all(self, g: ast.GeneratorExp, which: str, hint: str) -> Value:
         """`any(... for ...)` and `all(...)`: a loop that stops at the first item that decides."""
         if len(g.generators) != 1 or g.generators[0].is_async:
-            self.fail(g, "F014", f"`{which}` over several loops with operations cannot be captured", "write a for loop with a break")
+            self.fail(
+                g,
+                "F014",
+                f"`{which}` over several loops with operations cannot be captured",
+                "write a for loop with a break",
+            )
         gen = g.generators[0]
         items = self.iterable(gen.iter)
         decided = which == "any"
@@ -455,7 +485,7 @@ class Expressions(State):
                 joined = ast.BoolOp(ast.And(), [*gen.ifs, g.elt]) if decided else None
                 if joined is None:
                     joined = ast.BoolOp(ast.Or(), [*(ast.UnaryOp(ast.Not(), t) for t in gen.ifs), g.elt])  # type: ignore[list-item]
-                test = ast.fix_missing_locations(ast.copy_location(joined, g.elt))
+                test = synthetic(joined, g.elt)
             found = self.lower(test, "test")
             form = "bool(test)"
             (truth,) = self.py(form, [("test", found)], Info(BOOL, Info(found.type).touch, True), hint="truth")
@@ -467,7 +497,9 @@ class Expressions(State):
             body, _ = self.region(per_item, [(_target_name(gen.target), item_type(items.type)), (hint, BOOL)])
         finally:
             self.locals = hidden
-        (value,) = self.builder.emit("foreach", (items, start), [(hint, BOOL)], {"breaks": True, **self.iteration_effect(items)}, (body,))
+        (value,) = self.builder.emit(
+            "foreach", (items, start), [(hint, BOOL)], {"breaks": True, **self.iteration_effect(items)}, (body,)
+        )
         return value
 
     # -- targets
@@ -523,7 +555,11 @@ class Expressions(State):
             self.escaped |= self.analyze(target.value).sites if not self.has_op(target) else frozenset()
         name = next(n for n in ("value", "value_", "_value") if n not in free_names(target))
         text = f"{ast.unparse(rebuilt)} = {name}"
-        inputs = [(n, placeholders[n] if n in placeholders else self.read(n)) for n in free_names(rebuilt) if n in placeholders or n in self.locals]
+        inputs = [
+            (n, placeholders[n] if n in placeholders else self.read(n))
+            for n in free_names(rebuilt)
+            if n in placeholders or n in self.locals
+        ]
         with self.at(target):
             self.py(text, [*inputs, (name, value)], Info(ANY, WRITES, True), outs=())
 

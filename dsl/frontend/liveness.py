@@ -39,9 +39,7 @@ def binds(node: ast.AST | Iterable[ast.AST]) -> set[str]:
                 visit(inner, comprehension)
             return
         if isinstance(n, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
-            own = frozenset(
-                x.id for g in n.generators for x in ast.walk(g.target) if isinstance(x, ast.Name)
-            )
+            own = frozenset(x.id for g in n.generators for x in ast.walk(g.target) if isinstance(x, ast.Name))
             for inner in ast.iter_child_nodes(n):
                 visit(inner, comprehension | own)
             return
@@ -72,7 +70,9 @@ def binds(node: ast.AST | Iterable[ast.AST]) -> set[str]:
 def appended(node: ast.AST) -> str | None:
     """The variable of a statement `name.append(item)`, which rebinds it where its list is a value."""
     match node:
-        case ast.Expr(ast.Call(ast.Attribute(ast.Name(id=name), "append"), [item], [])) if not isinstance(item, ast.Starred):
+        case ast.Expr(ast.Call(ast.Attribute(ast.Name(id=name), "append"), [item], [])) if not isinstance(
+            item, ast.Starred
+        ):
             return name
     return None
 

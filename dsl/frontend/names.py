@@ -49,6 +49,7 @@ class Resolver:
     def __init__(self, fn: FunctionType, locals_: frozenset[str], declared_global: frozenset[str]) -> None:
         self.globals = fn.__globals__
         self.cells: dict[str, CellType] = dict(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True))
+        self.is_frozen = getattr(fn, "__flowc_frozen__", False)  # its closure variables never change
         self.locals = locals_
         self.declared_global = declared_global
         self.guards: dict[tuple[int, str], Guard] = {}
@@ -100,13 +101,15 @@ class Resolver:
         """The value of an immutable module constant that nothing in the module rebinds; MISSING for all else."""
         if not isinstance(node, (ast.Name, ast.Attribute)):
             return MISSING
-        if isinstance(node, ast.Name) and (node.id in self.cells or node.id in self.declared_global):
+        if isinstance(node, ast.Name) and (
+            node.id in self.cells and not self.is_frozen or node.id in self.declared_global
+        ):
             return MISSING
         value = self.resolve(node)
         if value is MISSING or type_of(value) == ANY or not is_immutable(type_of(value)):
             return MISSING
         name = node.id if isinstance(node, ast.Name) else node.attr
-        holder = self.globals if isinstance(node, ast.Name) else None
+        holder = self.globals if isinstance(node, ast.Name) and node.id not in self.cells else None
         if isinstance(node, ast.Attribute):
             base = self.resolve(node.value)
             if not isinstance(base, types.ModuleType):

@@ -43,6 +43,7 @@ from flowc.ir.types import (
     type_of,
 )
 
+from ..signatures import annotation_type
 from .names import MISSING, Resolver
 
 Site = tuple[int, int]
@@ -72,10 +73,18 @@ Lookup = Callable[[str], Info | None]
 TEXT_METHODS: dict[str, tuple[Type, bool]] = {
     name: (t, raises)
     for t, raises, names in (
-        (TEXT, False, "strip lstrip rstrip lower upper title casefold capitalize swapcase expandtabs removeprefix removesuffix"),
+        (
+            TEXT,
+            False,
+            "strip lstrip rstrip lower upper title casefold capitalize swapcase expandtabs removeprefix removesuffix",
+        ),
         (TEXT, True, "replace center ljust rjust zfill join translate format"),
         (BOOL, True, "startswith endswith"),
-        (BOOL, False, "isdigit isalpha isalnum isspace isupper islower isnumeric isdecimal isidentifier istitle isascii isprintable"),
+        (
+            BOOL,
+            False,
+            "isdigit isalpha isalnum isspace isupper islower isnumeric isdecimal isidentifier istitle isascii isprintable",
+        ),
         (INT, True, "index rindex"),
         (INT, True, "find rfind count"),
         (list_of(TEXT), False, "splitlines"),
@@ -102,7 +111,25 @@ _MODULES = {
     "operator": {"itemgetter", "attrgetter", "add", "mul", "sub", "eq", "lt", "gt"},
     "difflib": {"get_close_matches"},
 }
-_CONSUMERS = frozenset({"sum", "any", "all", "max", "min", "sorted", "list", "tuple", "set", "frozenset", "dict", "join", "map", "filter", "reversed"})
+_CONSUMERS = frozenset(
+    {
+        "sum",
+        "any",
+        "all",
+        "max",
+        "min",
+        "sorted",
+        "list",
+        "tuple",
+        "set",
+        "frozenset",
+        "dict",
+        "join",
+        "map",
+        "filter",
+        "reversed",
+    }
+)
 
 
 class Analyzer:
@@ -113,7 +140,9 @@ class Analyzer:
         self.lookup = lookup
         self.tainted = tainted
         self.escaped: set[Site] = set()
-        self.captures: list[tuple[ast.AST, str]] = []  # (lambda or nested def, local it holds on to) past this statement
+        self.captures: list[
+            tuple[ast.AST, str]
+        ] = []  # (lambda or nested def, local it holds on to) past this statement
         self.trusts = False  # does a type found here rest on an annotation that nobody checks?
         self._scopes: list[dict[str, Info]] = []
         self._immediate = False
@@ -186,7 +215,9 @@ class Analyzer:
         value = self.resolver.lookup(node.id)
         if value is MISSING:
             return Info(ANY, READS, True)
-        if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type, types.ModuleType)) or _is_resource(value):
+        if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type, types.ModuleType)) or _is_resource(
+            value
+        ):
             return Info(ANY)
         return Info(ANY, READS, False)
 
@@ -205,7 +236,9 @@ class Analyzer:
     # -- displays and comprehensions
     def _List(self, node: ast.List) -> Info:
         infos, total = self._all([e.value if isinstance(e, ast.Starred) else e for e in node.elts])
-        items = [item_type(i.type) if isinstance(e, ast.Starred) else i.type for e, i in zip(node.elts, infos, strict=True)]
+        items = [
+            item_type(i.type) if isinstance(e, ast.Starred) else i.type for e, i in zip(node.elts, infos, strict=True)
+        ]
         starred = any(isinstance(e, ast.Starred) for e in node.elts)
         t, sites = self._fresh(node, join(*items) if items else NEVER, total.sites)
         return replace(total, type=t, sites=sites, raises=total.raises or starred)
@@ -226,14 +259,21 @@ class Analyzer:
         self.escaped |= total.sites
         return replace(total, type=ANY, raises=True, sites=frozenset())
 
-    def _comprehension(self, node: ast.expr, generators: list[ast.comprehension], elements: list[ast.expr]) -> tuple[list[Info], Info]:
+    def _comprehension(
+        self, node: ast.expr, generators: list[ast.comprehension], elements: list[ast.expr]
+    ) -> tuple[list[Info], Info]:
         total = Info(NONE)
         depth = 0
         try:
             for g in generators:
                 source = self.expr(g.iter)
                 total = self._both(total, source)
-                total = replace(total, level=max(total.level, self.iteration(source)), raises=True, is_async=total.is_async or bool(g.is_async))
+                total = replace(
+                    total,
+                    level=max(total.level, self.iteration(source)),
+                    raises=True,
+                    is_async=total.is_async or bool(g.is_async),
+                )
                 names: dict[str, Info] = {}
                 self.bind(g.target, Info(item_type(source.type), PURE, False, source.sites), names)
                 self._scopes.append(names)
@@ -322,7 +362,9 @@ class Analyzer:
             result = FLOAT if FLOAT in (a.type, b.type) or op is ast.Div else INT
             if op is ast.Pow:
                 result = ANY
-            return replace(total, type=result, level=level, raises=total.raises or op not in (ast.Add, ast.Sub, ast.Mult))
+            return replace(
+                total, type=result, level=level, raises=total.raises or op not in (ast.Add, ast.Sub, ast.Mult)
+            )
         if a.type == TEXT and op is ast.Mod:
             return replace(total, type=TEXT, level=level, raises=True, sites=frozenset())
         if op is ast.Mult and TEXT in (a.type, b.type) and {a.type, b.type} & {INT, BOOL}:
@@ -333,7 +375,13 @@ class Analyzer:
             return replace(total, type=t, level=total.level, sites=sites | inner)
         if op is ast.Add and a.type == b.type == DOCS:
             return replace(total, type=DOCS, level=level, sites=frozenset())
-        return Info(ANY, max(level, READS if not (is_scalar(a.type) and is_scalar(b.type)) else PURE), True, total.sites, total.is_async)
+        return Info(
+            ANY,
+            max(level, READS if not (is_scalar(a.type) and is_scalar(b.type)) else PURE),
+            True,
+            total.sites,
+            total.is_async,
+        )
 
     def _Compare(self, node: ast.Compare) -> Info:
         infos, total = self._all([node.left, *node.comparators])
@@ -349,7 +397,12 @@ class Analyzer:
     def _BoolOp(self, node: ast.BoolOp) -> Info:
         infos, total = self._all(node.values)
         level = max([total.level, *(i.touch for i in infos[:-1])])
-        return replace(total, type=join(*(i.type for i in infos)), level=level, raises=total.raises or any(i.touch for i in infos[:-1]))
+        return replace(
+            total,
+            type=join(*(i.type for i in infos)),
+            level=level,
+            raises=total.raises or any(i.touch for i in infos[:-1]),
+        )
 
     def _UnaryOp(self, node: ast.UnaryOp) -> Info:
         i = self.expr(node.operand)
@@ -361,7 +414,9 @@ class Analyzer:
 
     def _IfExp(self, node: ast.IfExp) -> Info:
         (test, a, b), total = self._all([node.test, node.body, node.orelse])
-        return replace(total, type=join(a.type, b.type), level=max(total.level, test.touch), raises=total.raises or test.touch > 0)
+        return replace(
+            total, type=join(a.type, b.type), level=max(total.level, test.touch), raises=total.raises or test.touch > 0
+        )
 
     def _Subscript(self, node: ast.Subscript) -> Info:
         base, index = self.expr(node.value), self.expr(node.slice)
@@ -404,7 +459,9 @@ class Analyzer:
         if value is not MISSING:
             return Info(type_of(value))
         static = self.resolver.resolve(node)
-        if static is not MISSING and isinstance(static, (types.FunctionType, types.BuiltinFunctionType, type, types.ModuleType)):
+        if static is not MISSING and isinstance(
+            static, (types.FunctionType, types.BuiltinFunctionType, type, types.ModuleType)
+        ):
             return Info(ANY)
         base = self.expr(node.value)
         fields = DOC_FIELDS if base.type == DOC else DOCS_FIELDS if base.type == DOCS else {}
@@ -429,7 +486,10 @@ class Analyzer:
             return self._opaque(node, parts, self._trust(_annotated(target)))
         if isinstance(node.func, ast.Attribute) and target is MISSING:
             return self._method(node, node.func, arguments)
-        immediate, self._immediate = self._immediate, self._known(target) and getattr(target, "__name__", "") in _CONSUMERS
+        immediate, self._immediate = (
+            self._immediate,
+            self._known(target) and getattr(target, "__name__", "") in _CONSUMERS,
+        )
         try:
             infos, parts = self._all(arguments)
         finally:
@@ -479,8 +539,16 @@ class Analyzer:
         sites: frozenset[Site] = parts.sites
         result = _RESULT.get(target, ANY)
         if target is len:
-            raises = not (is_immutable(first) or first.name == "sequence") or is_scalar(first) and first not in (TEXT, BYTES)
-        elif target in (str, repr, format, ascii, bool) or target is int and first in (INT, BOOL) or target is float and first in NUMBERS:
+            raises = (
+                not (is_immutable(first) or first.name == "sequence") or is_scalar(first) and first not in (TEXT, BYTES)
+            )
+        elif (
+            target in (str, repr, format, ascii, bool)
+            or target is int
+            and first in (INT, BOOL)
+            or target is float
+            and first in NUMBERS
+        ):
             raises = not all(is_immutable(i.type) for i in infos) or target is format
         elif target in (callable, range):
             raises = target is range and not (len(infos) < 3 and all(i.type in (INT, BOOL) for i in infos))
@@ -520,7 +588,11 @@ class Analyzer:
             t, raises = TEXT_METHODS[func.attr]
             if func.attr in ("split", "rsplit") and not arguments:
                 raises = False
-            if func.attr in ("find", "count", "startswith", "endswith", "replace") and infos and all(i.type == TEXT for i in infos):
+            if (
+                func.attr in ("find", "count", "startswith", "endswith", "replace")
+                and infos
+                and all(i.type == TEXT for i in infos)
+            ):
                 raises = False
             if func.attr == "join" and infos:
                 level = max(level, self.iteration(infos[0]))
@@ -554,7 +626,11 @@ class Analyzer:
             names[target.id] = value
         elif isinstance(target, (ast.Tuple, ast.List)):
             plain = not any(isinstance(e, ast.Starred) for e in target.elts)
-            parts = value.type.args if value.type.name == "tuple" and plain and len(value.type.args) == len(target.elts) else None
+            parts = (
+                value.type.args
+                if value.type.name == "tuple" and plain and len(value.type.args) == len(target.elts)
+                else None
+            )
             for i, e in enumerate(target.elts):
                 inner = parts[i] if parts else item_type(value.type)
                 if isinstance(e, ast.Starred):
@@ -579,7 +655,11 @@ class Analyzer:
                     self.bind(t, i, env)
                     extra = max(extra, _target_level(t))
                 unpacks = any(not isinstance(t, ast.Name) for t in s.targets)
-                return replace(i, level=max(i.level, extra, self.iteration(i) if unpacks and extra < WRITES else PURE), raises=i.raises or unpacks)
+                return replace(
+                    i,
+                    level=max(i.level, extra, self.iteration(i) if unpacks and extra < WRITES else PURE),
+                    raises=i.raises or unpacks,
+                )
             case ast.AnnAssign(value=None):
                 return Info(NONE)
             case ast.AnnAssign():
@@ -597,7 +677,11 @@ class Analyzer:
                 source = self.expr(s.iter)
                 total = replace(source, level=max(source.level, self.iteration(source)), raises=True)
                 self.bind(s.target, Info(item_type(source.type), sites=source.sites), env)
-                total = replace(total, level=max(total.level, _target_level(s.target)), is_async=total.is_async or isinstance(s, ast.AsyncFor))
+                total = replace(
+                    total,
+                    level=max(total.level, _target_level(s.target)),
+                    is_async=total.is_async or isinstance(s, ast.AsyncFor),
+                )
                 return self._both(total, self._loop([*s.body], s.orelse, env))
             case ast.While():
                 return self._loop([ast.Expr(s.test), *s.body], s.orelse, env)
@@ -724,32 +808,6 @@ def _is_resource(value: Any) -> bool:
     return bool(getattr(type(value), "__flowc_resource__", False))
 
 
-_ANNOTATED: dict[Any, Type] = {str: TEXT, int: INT, float: FLOAT, bool: BOOL, bytes: BYTES, None: NONE, type(None): NONE}
-
-
-def annotation_type(annotation: Any) -> Type:
-    """The IR type of an annotation, as far as a call site may rely on it: immutable scalars, documents, lists, tuples."""
-    if annotation is inspect.Parameter.empty:
-        return ANY
-    try:
-        if annotation in _ANNOTATED:
-            return _ANNOTATED[annotation]
-    except TypeError:
-        return ANY
-    name = getattr(annotation, "__name__", "")
-    if name in ("Docs", "Doc") and getattr(annotation, "__module__", "") == "flowc.ir.values":
-        return DOCS if name == "Docs" else DOC
-    origin = typing.get_origin(annotation)
-    args = typing.get_args(annotation)
-    if origin is list or annotation is list:
-        return sequence_of(annotation_type(args[0]) if args else ANY)
-    if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
-        return sequence_of(annotation_type(args[0]))
-    if origin is tuple and args:
-        return tuple_of(*map(annotation_type, args))
-    return ANY
-
-
 def _annotated(target: Any) -> Type:
     """What calling a function gives, as far as it is declared: a coroutine for an `async def`."""
     return ANY if inspect.iscoroutinefunction(target) else _declared(target)
@@ -779,5 +837,7 @@ _RESULT: dict[Any, Type] = {
     isinstance: BOOL, issubclass: BOOL, callable: BOOL, hasattr: BOOL, any: BOOL, all: BOOL, range: RANGE, hash: INT, bytes: BYTES,
     hex: TEXT, oct: TEXT, bin: TEXT,
 }  # fmt: skip
-_ITERATES = frozenset({list, sorted, tuple, min, max, sum, any, all, set, frozenset, dict, enumerate, zip, map, filter, reversed})
+_ITERATES = frozenset(
+    {list, sorted, tuple, min, max, sum, any, all, set, frozenset, dict, enumerate, zip, map, filter, reversed}
+)
 _BUILTINS = frozenset({*_RESULT, *_ITERATES, abs, round, divmod, pow, slice, complex, id, type, getattr} - {getattr})

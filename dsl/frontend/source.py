@@ -8,6 +8,7 @@ import linecache
 import sys
 from dataclasses import dataclass
 from types import CodeType, FunctionType
+from typing import TypeVar
 
 from flowc.ir.errors import CaptureError, Loc
 
@@ -39,6 +40,16 @@ class FunctionSource:
         if getattr(node, "end_lineno", line) != line:
             end = len(text)
         return Loc(self.filename, line, col, end)
+
+
+N = TypeVar("N", bound=ast.AST)
+
+
+def synthetic(node: N, at: ast.AST) -> N:
+    """A node that the frontend made itself, placed where `at` stands: its text is unparsed, not looked up in the source."""
+    ast.fix_missing_locations(ast.copy_location(node, at))
+    node.is_synthetic = True  # type: ignore[attr-defined]
+    return node
 
 
 _PARSED: dict[str, tuple[tuple[str, ...], ast.Module]] = {}

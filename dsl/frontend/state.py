@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 EXIT = "<exit>"  # why a block was left: one of the codes below
 NORMAL, CONTINUE, BREAK, RETURN = 0, 1, 2, 3
-HINTS = {EXIT: "exit", RETURN_VALUE: "result", "<ok>": "ok", "<value>": "v", "<chunk>": "chunk"}  # how internal variables print
+HINTS = {
+    EXIT: "exit",
+    RETURN_VALUE: "result",
+    "<ok>": "ok",
+    "<value>": "v",
+    "<chunk>": "chunk",
+}  # how internal variables print
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +66,9 @@ class State:
     handled: list[Value] = field(default_factory=list)  # errors being handled, innermost last
     escaped: set[Site] = field(default_factory=set)
     loop_types: dict[int, tuple[tuple[Type, ...], tuple[frozenset[Site], ...]]] = field(default_factory=dict)
-    has_op_memo: dict[int, tuple[ast.AST, bool]] = field(default_factory=dict)  # holds the node, so that its id stays its own
+    has_op_memo: dict[int, tuple[ast.AST, bool]] = field(
+        default_factory=dict
+    )  # holds the node, so that its id stays its own
     binding_counts: dict[str, int] = field(default_factory=dict)
     bound_in_loops: frozenset[str] = frozenset()
 
@@ -105,7 +113,9 @@ class State:
         if value is None:
             value = self.unbound(name)
         fact = self.fact(value)
-        (bound,) = self.builder.emit("bound", (value,), [(name, value.type if value.type != NEVER else ANY)], {"variable": name})
+        (bound,) = self.builder.emit(
+            "bound", (value,), [(name, value.type if value.type != NEVER else ANY)], {"variable": name}
+        )
         self.know(bound, sites=fact.sites, is_declared=fact.is_declared)
         self.env[name] = bound
         return bound
@@ -219,7 +229,10 @@ class State:
         for name, value in inputs:
             if self.fact(value).is_task:
                 raise CaptureError(
-                    f"`{name}` is a coroutine or task that is not awaited here", code="F016", loc=self.builder.loc, hint=f"write `await {name}`"
+                    f"`{name}` is a coroutine or task that is not awaited here",
+                    code="F016",
+                    loc=self.builder.loc,
+                    hint=f"write `await {name}`",
                 )
         results = [(hint, info.type)] if outs is None else list(outs)
         attrs: dict[str, Attr] = {

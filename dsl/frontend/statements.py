@@ -18,6 +18,7 @@ from .calls import Calls
 from .liveness import RETURN_VALUE, appended, binds, exits, falls_through, reads
 from .names import MISSING
 from .purity import PURE, READS, WRITES, Info
+from .source import synthetic
 from .state import BREAK, CONTINUE, EXIT, HINTS, NORMAL, RETURN
 
 Handler = tuple[str, list[tuple[str, Value]], Callable[[Value], None]]  # exception types, names in them, what to do
@@ -27,7 +28,9 @@ class Statements(Calls):
     """Lowers blocks of statements."""
 
     # -- blocks
-    def block(self, stmts: Sequence[ast.stmt], live_out: frozenset[str], *, tail: bool = False, want_exit: bool = False) -> None:
+    def block(
+        self, stmts: Sequence[ast.stmt], live_out: frozenset[str], *, tail: bool = False, want_exit: bool = False
+    ) -> None:
         """Lowers a block. `tail`: the function ends with it. `want_exit`: the variable EXIT must say how it was left."""
         for i, s in enumerate(stmts):
             rest = stmts[i + 1 :]
@@ -67,7 +70,9 @@ class Statements(Calls):
         names = sorted(n for n in binds(stmts) if n in live and n in self.locals)
         return names + [RETURN_VALUE] * returns + [EXIT] * want_exit
 
-    def _leaving_if(self, s: ast.If, rest: Sequence[ast.stmt], live_out: frozenset[str], tail: bool, want_exit: bool) -> None:
+    def _leaving_if(
+        self, s: ast.If, rest: Sequence[ast.stmt], live_out: frozenset[str], tail: bool, want_exit: bool
+    ) -> None:
         then_goes, else_goes = falls_through(s.body), falls_through(s.orelse)
         with self.at(s):
             test = self.lower(s.test, "test")
@@ -151,8 +156,14 @@ class Statements(Calls):
 
     def _refuse(self, s: ast.stmt) -> None:
         what, hint = {
-            ast.With: ("`with` around operations", "do the operations outside the block, or put it into a plain function"),
-            ast.AsyncWith: ("`async with` around operations", "do the operations outside the block, or use asyncio.TaskGroup"),
+            ast.With: (
+                "`with` around operations",
+                "do the operations outside the block, or put it into a plain function",
+            ),
+            ast.AsyncWith: (
+                "`async with` around operations",
+                "do the operations outside the block, or use asyncio.TaskGroup",
+            ),
             ast.AsyncFor: ("`async for` over operations", "collect the items first: items = [x async for x in ...]"),
             ast.Match: ("`match` with operations or early exits", "write if/elif/else"),
             ast.TryStar: ("`except*` around operations", "use `except`"),
@@ -161,7 +172,11 @@ class Statements(Calls):
 
     def _stays_python(self, s: ast.stmt) -> bool:
         """Can the whole statement be one `py` operation?"""
-        if exits(s) or self.has_op(s) or isinstance(s, (ast.Expr, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Pass, ast.Global, ast.Nonlocal)):
+        if (
+            exits(s)
+            or self.has_op(s)
+            or isinstance(s, (ast.Expr, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Pass, ast.Global, ast.Nonlocal))
+        ):
             if isinstance(s, (ast.Assign, ast.AugAssign, ast.AnnAssign)) and not self.has_op(s):
                 return self._writes_outer(s)
             return False
@@ -172,7 +187,10 @@ class Statements(Calls):
         if isinstance(s, (ast.If, ast.For, ast.While, ast.Try)):
             if any((name := appended(n)) is not None and self._is_list(name) for n in ast.walk(s)):
                 return False
-            if any(isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name) and self._is_list(n.target.id) for n in ast.walk(s)):
+            if any(
+                isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name) and self._is_list(n.target.id)
+                for n in ast.walk(s)
+            ):
                 return False
             return not self._reads_unbound_in(s)
         return True
@@ -189,7 +207,9 @@ class Statements(Calls):
         for name in reads(s):
             if name in self.locals:
                 value = self.env.get(name)
-                if (value is None or self.fact(value).is_unbound) and (name not in own or self._may_read_first(s, name)):
+                if (value is None or self.fact(value).is_unbound) and (
+                    name not in own or self._may_read_first(s, name)
+                ):
                     return True
         return False
 
@@ -208,7 +228,13 @@ class Statements(Calls):
         self.settle(a)
         used = reads(s)
         live = self.live.after.get(id(s), frozenset())
-        outs = [n for n in own if n in live or n in used or isinstance(s, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom))]
+        outs = [
+            n
+            for n in own
+            if n in live
+            or n in used
+            or isinstance(s, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom))
+        ]
         outs = [n for n in outs if n in live]
         definite = _definitely_binds(s)
         inputs: list[tuple[str, Value]] = []
@@ -225,11 +251,16 @@ class Statements(Calls):
         if outer:
             nonlocals = [n for n in outer if n in self.resolver.cells]
             globals_ = [n for n in outer if n not in self.resolver.cells]
-            lines = [f"{word} {', '.join(names)}" for word, names in (("global", globals_), ("nonlocal", nonlocals)) if names]
+            lines = [
+                f"{word} {', '.join(names)}" for word, names in (("global", globals_), ("nonlocal", nonlocals)) if names
+            ]
             text = "; ".join([*lines, text])
             info = Info(NONE, WRITES, True, is_async=info.is_async)
         given = dict(inputs)
-        types = [join(env[n].type, given[n].type if n in given and n not in definite else NEVER) if n in env else ANY for n in outs]
+        types = [
+            join(env[n].type, given[n].type if n in given and n not in definite else NEVER) if n in env else ANY
+            for n in outs
+        ]
         results = self.py(text, inputs, info, outs=list(zip(outs, types, strict=True)))
         for name, value in zip(outs, results, strict=True):
             before = given.get(name)
@@ -248,7 +279,9 @@ class Statements(Calls):
             and all(isinstance(t, ast.Name) for t in target.elts)
             and not any(isinstance(v, ast.Starred) for v in s.value.elts)
         ):
-            values = [self.lower(v, t.id) for t, v in zip(target.elts, s.value.elts, strict=True) if isinstance(t, ast.Name)]
+            values = [
+                self.lower(v, t.id) for t, v in zip(target.elts, s.value.elts, strict=True) if isinstance(t, ast.Name)
+            ]
             for t, v in zip(target.elts, values, strict=True):
                 self.bind_target(t, v)
             return
@@ -260,7 +293,12 @@ class Statements(Calls):
     def _aug_assign(self, s: ast.AugAssign) -> None:
         if not isinstance(s.target, ast.Name):
             if self.has_op(s):
-                self.fail(s, "F013", "an augmented assignment to an attribute or item with an operation cannot be captured", "assign in two steps")
+                self.fail(
+                    s,
+                    "F013",
+                    "an augmented assignment to an attribute or item with an operation cannot be captured",
+                    "assign in two steps",
+                )
             self.python(s)
             return
         name = s.target.id
@@ -273,9 +311,7 @@ class Statements(Calls):
                 self.assign(name, self.know(joined, sites=self.fact(current).sites | inner))
                 return
             self.escaped |= self.fact(current).sites | self.fact(value).sites
-        probe = ast.copy_location(ast.BinOp(ast.Name(name, ast.Load()), s.op, s.value), s)
-        ast.fix_missing_locations(probe)
-        probe.is_synthetic = True  # type: ignore[attr-defined]
+        probe = synthetic(ast.BinOp(ast.Name(name, ast.Load()), s.op, s.value), s)
         if not self.has_op(s):
             current_info = self._info(name)
             if current_info is not None and (current_info.type == ANY or not is_immutable(current_info.type)):
@@ -287,13 +323,16 @@ class Statements(Calls):
         value = self.lower(s.value, "more")
         other = "more" if name != "more" else "more_"
         if is_immutable(current.type):
-            text = ast.copy_location(ast.BinOp(ast.Name(name, ast.Load()), s.op, ast.Name(other, ast.Load())), s)
-            self.assign(name, self.py_expr(ast.fix_missing_locations(text), name, {name: current, other: value}))
+            whole = synthetic(ast.BinOp(ast.Name(name, ast.Load()), s.op, ast.Name(other, ast.Load())), s)
+            self.assign(name, self.py_expr(whole, name, {name: current, other: value}))
             return
         aug = ast.AugAssign(ast.Name(name, ast.Store()), s.op, ast.Name(other, ast.Load()))
         self.escaped |= self.fact(current).sites | self.fact(value).sites
         (result,) = self.py(
-            ast.unparse(ast.fix_missing_locations(aug)), [(name, current), (other, value)], Info(ANY, WRITES, True), outs=[(name, ANY)]
+            ast.unparse(ast.fix_missing_locations(aug)),
+            [(name, current), (other, value)],
+            Info(ANY, WRITES, True),
+            outs=[(name, ANY)],
         )
         self.assign(name, result)
 
@@ -317,7 +356,9 @@ class Statements(Calls):
             self.escaped |= fact.sites
         if self.fact(item).is_task:
             self.fail(s, "F016", "a coroutine or task that is not awaited is put into a list", "await it first")
-        (longer,) = self.builder.emit("append", (current, item), [(name, list_of(join(item_type(current.type), item.type)))])
+        (longer,) = self.builder.emit(
+            "append", (current, item), [(name, list_of(join(item_type(current.type), item.type)))]
+        )
         inner = frozenset() if is_immutable(item.type) else self.fact(item).sites
         self.assign(name, self.know(longer, sites=fact.sites | inner))
 
@@ -357,7 +398,12 @@ class Statements(Calls):
         self._after_loop(s, carried, collected, results, leaves)
 
     def _after_loop(
-        self, s: ast.For | ast.While, carried: Sequence[str], collected: frozenset[str], results: Sequence[Value], leaves: set[str]
+        self,
+        s: ast.For | ast.While,
+        carried: Sequence[str],
+        collected: frozenset[str],
+        results: Sequence[Value],
+        leaves: set[str],
     ) -> None:
         for n, v in zip(carried, results[: len(carried)], strict=True):
             self.env[n] = v
@@ -442,8 +488,15 @@ class Statements(Calls):
         """Builds the loop operation; lowered again while types or aliases of the carried values still grow."""
         n = len(carried)
         known = self.loop_types.get(id(s))
-        types = [join(v.type, t) for v, t in zip(inits, known[0], strict=True)] if known and len(known[0]) == n else [v.type for v in inits]
-        sites = [self.fact(v).sites | (known[1][i] if known and len(known[1]) == n else frozenset()) for i, v in enumerate(inits)]
+        types = (
+            [join(v.type, t) for v, t in zip(inits, known[0], strict=True)]
+            if known and len(known[0]) == n
+            else [v.type for v in inits]
+        )
+        sites = [
+            self.fact(v).sites | (known[1][i] if known and len(known[1]) == n else frozenset())
+            for i, v in enumerate(inits)
+        ]
         for attempt in range(6):
             params: list[tuple[str, Type]] = [(item, item_type(items.type))] if items is not None else []
             params += [(HINTS.get(name, name), t) for name, t in zip(carried, types, strict=True)]
@@ -466,7 +519,11 @@ class Statements(Calls):
         hints = [(HINTS.get(name, name), t) for name, t in zip(carried, types, strict=True)]
         if items is not None:
             lists = [(name, v.type) for name, v in zip(collected, block.yields[flags + n :], strict=True)]
-            attrs: dict[str, Attr] = {"collects": len(collected) or None, "breaks": breaks or None, **self.iteration_effect(items)}
+            attrs: dict[str, Attr] = {
+                "collects": len(collected) or None,
+                "breaks": breaks or None,
+                **self.iteration_effect(items),
+            }
             results = self.builder.emit("foreach", (items, *inits), hints + lists, attrs, (region,))
         else:
             assert cond is not None
@@ -481,11 +538,20 @@ class Statements(Calls):
     def _while(self, s: ast.While) -> None:
         if binds(s.test):  # `while (x := ...)`: the test belongs to the turn
             if s.orelse:
-                self.fail(s, "F013", "`while` with `:=` in its test and an `else` cannot be captured", "assign in the body and break")
-            leave = ast.copy_location(ast.If(ast.UnaryOp(ast.Not(), s.test), [ast.Break()], []), s.test)
-            plain = ast.copy_location(ast.While(ast.Constant(True), [leave, *s.body], []), s)
-            ast.fix_missing_locations(plain)
-            self.live.after.update({id(plain): self.live.after[id(s)], id(leave): self.live.head[id(s)] | self.live.done[id(s)] | binds(s.test)})
+                self.fail(
+                    s,
+                    "F013",
+                    "`while` with `:=` in its test and an `else` cannot be captured",
+                    "assign in the body and break",
+                )
+            leave = synthetic(ast.If(synthetic(ast.UnaryOp(ast.Not(), s.test), s.test), [ast.Break()], []), s.test)
+            plain = synthetic(ast.While(ast.Constant(True), [leave, *s.body], []), s)
+            self.live.after.update(
+                {
+                    id(plain): self.live.after[id(s)],
+                    id(leave): self.live.head[id(s)] | self.live.done[id(s)] | binds(s.test),
+                }
+            )
             self.live.head[id(plain)] = self.live.head[id(s)]
             self.live.done[id(plain)] = self.live.done[id(s)] | binds(s.test)
             self.session.keep.append(plain)
@@ -547,7 +613,12 @@ class Statements(Calls):
                 self.settle(a)
             names = sorted(n for n in reads(rebuilt) if n in self.locals or n in placeholders)
             inputs = [(n, placeholders[n] if n in placeholders else self.read(n)) for n in names]
-            self.py(ast.unparse(rebuilt) if placeholders else self.text(s), inputs, Info(NONE, level, True, is_async=is_async), outs=())
+            self.py(
+                ast.unparse(rebuilt) if placeholders else self.text(s),
+                inputs,
+                Info(NONE, level, True, is_async=is_async),
+                outs=(),
+            )
 
     def _assert(self, s: ast.Assert) -> None:
         if s.msg is not None and self.has_op(s.msg):
@@ -571,7 +642,12 @@ class Statements(Calls):
 
     def _try(self, s: ast.Try) -> None:
         if exits(s.finalbody):
-            self.fail(s, "F013", "a `finally` block that returns, breaks or continues cannot be captured", "leave after the try statement")
+            self.fail(
+                s,
+                "F013",
+                "a `finally` block that returns, breaks or continues cannot be captured",
+                "leave after the try statement",
+            )
         if not s.finalbody:
             self._try_except(s)
             return
@@ -634,7 +710,12 @@ class Statements(Calls):
 
     def _handler(self, h: ast.ExceptHandler, live: frozenset[str], want_exit: bool, has_orelse: bool) -> Handler:
         if h.type is not None and self.has_op(h.type):
-            self.fail(h, "F013", "an exception type with an operation cannot be captured", "compute it before the try statement")
+            self.fail(
+                h,
+                "F013",
+                "an exception type with an operation cannot be captured",
+                "compute it before the try statement",
+            )
         names = sorted(n for n in reads(h.type) if n in self.locals) if h.type is not None else []
 
         def run(error: Value) -> None:
@@ -653,7 +734,9 @@ class Statements(Calls):
         text = ast.unparse(h.type) if h.type is not None else "BaseException"
         return text, [(n, self.read(n)) for n in names], run
 
-    def _make_try(self, body: Callable[[], None], handlers: Sequence[Handler], outs: Sequence[str], saved: Sequence[str]) -> None:
+    def _make_try(
+        self, body: Callable[[], None], handlers: Sequence[Handler], outs: Sequence[str], saved: Sequence[str]
+    ) -> None:
         """A `try` operation. Variables in `saved` live in cells, so that a handler finds what they were when the error came."""
         cells: dict[str, Value] = {}
         for n in saved:
@@ -711,7 +794,12 @@ class Statements(Calls):
             return False
         call = s.items[0].context_expr
         group = getattr(asyncio, "TaskGroup", None)
-        return isinstance(call, ast.Call) and not call.args and self.resolver.resolve(call.func) in (group,) and group is not MISSING
+        return (
+            isinstance(call, ast.Call)
+            and not call.args
+            and self.resolver.resolve(call.func) in (group,)
+            and group is not MISSING
+        )
 
     def _task_group(self, s: ast.AsyncWith) -> None:
         """`async with asyncio.TaskGroup() as group`: the operations it starts; their errors come as an ExceptionGroup."""
@@ -721,7 +809,12 @@ class Statements(Calls):
         for inner in s.body:
             call = inner.value if isinstance(inner, (ast.Expr, ast.Assign)) else None
             if not (isinstance(call, ast.Call) and self._started_in(call, name)):
-                self.fail(inner, "F016", "inside a TaskGroup with operations only `group.create_task(operation(...))` can be captured", "move it out")
+                self.fail(
+                    inner,
+                    "F016",
+                    "inside a TaskGroup with operations only `group.create_task(operation(...))` can be captured",
+                    "move it out",
+                )
         saved = self.groups
         self.groups |= {name}
         live = self.live.after[id(s)]
@@ -750,8 +843,15 @@ class Statements(Calls):
 
     def _started_in(self, call: ast.Call, group: str) -> bool:
         func = call.func
-        is_start = isinstance(func, ast.Attribute) and func.attr == "create_task" and isinstance(func.value, ast.Name) and func.value.id == group
-        return is_start and len(call.args) == 1 and isinstance(call.args[0], ast.Call) and self.is_operation(call.args[0])
+        is_start = (
+            isinstance(func, ast.Attribute)
+            and func.attr == "create_task"
+            and isinstance(func.value, ast.Name)
+            and func.value.id == group
+        )
+        return (
+            is_start and len(call.args) == 1 and isinstance(call.args[0], ast.Call) and self.is_operation(call.args[0])
+        )
 
 
 def _reraises(s: ast.stmt) -> bool:
@@ -760,7 +860,11 @@ def _reraises(s: ast.stmt) -> bool:
         return s.exc is None
     if isinstance(s, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return False
-    blocks = [s.body, s.orelse, s.finalbody] if isinstance(s, ast.Try) else [getattr(s, name, []) for name in ("body", "orelse")]
+    blocks = (
+        [s.body, s.orelse, s.finalbody]
+        if isinstance(s, ast.Try)
+        else [getattr(s, name, []) for name in ("body", "orelse")]
+    )
     return any(_reraises(inner) for block in blocks for inner in block)
 
 
