@@ -628,8 +628,9 @@ def _explain(error: UnexpectedInput, text: str, lark: Lark) -> tuple[str, str | 
         expected = _expected(error)
         shown = str(token).split("\n")[0]
         message = f"unexpected `{shown[:40]}`; expected {_expectation(expected, lark)}"
-        if token.type == "EQUAL" and error.token_history and error.token_history[-1].type == "NAME":
-            hint = f"a value's name begins with `%`: write `%{error.token_history[-1]} = ...`"
+        before = error.token_history[-1] if error.token_history else None
+        if token.type == "EQUAL" and isinstance(before, Token) and before.type == "NAME":
+            hint = f"a value's name begins with `%`: write `%{before} = ...`"
         else:
             hint = _literal_hint(token)
         return message, hint, token.line or 1, token.column or 1, max(1, len(shown))

@@ -178,6 +178,7 @@ def test_place_and_words(case: str) -> None:
     [
         ("", "the text is empty", "workflow @name"),
         ("  \n\n# only a comment\n", "the text ends here", None),
+        ("= 1", "unexpected `=`; expected `workflow`", None),
         ("hello", "expected `workflow`", None),
         ("workflow w() {}", "expected a name such as `@docs`", None),
         ("workflow @w()", "the text ends here", None),
