@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -129,6 +130,18 @@ class Calls(Expressions):
         if target in (asyncio.create_task, asyncio.ensure_future) or (in_group and node.func.value.id in self.groups):  # type: ignore[attr-defined]
             return node.args[0]
         return None
+
+    @functools.cached_property
+    def task_names(self) -> frozenset[str]:
+        """Variables that may hold the task of an operation."""
+        found: set[str] = set()
+        for n in ast.walk(self.src.node):
+            if isinstance(n, ast.Assign) and isinstance(n.value, ast.Call):
+                call = n.value
+                starts = isinstance(call.func, ast.Attribute) and call.func.attr in ("create_task", "ensure_future")
+                if (starts and call.args and self.has_op(call.args[0])) or self.is_operation(call):
+                    found.update(t.id for t in n.targets if isinstance(t, ast.Name))
+        return frozenset(found)
 
     groups: frozenset[str] = frozenset()  # names of open asyncio.TaskGroups
 

@@ -40,6 +40,11 @@ class Expressions(State):
     def is_gather(self, node: ast.expr) -> bool:
         raise NotImplementedError
 
+    @property
+    def task_names(self) -> frozenset[str]:
+        """Variables that may hold the task of an operation."""
+        raise NotImplementedError
+
     # -- which code holds operations
     def has_op(self, node: ast.AST) -> bool:
         """Does this piece of code hold an operation (outside nested functions, which stay Python)?"""
@@ -54,6 +59,9 @@ class Expressions(State):
             return False
         if isinstance(node, ast.Call) and self.is_operation(node):
             return True
+        match node:  # a task that stands for an operation: `await task`, `task.result()`
+            case ast.Await(ast.Name(id=name)) | ast.Call(ast.Attribute(ast.Name(id=name), "result"), [], []):
+                return name in self.task_names
         return any(self.has_op(child) for child in ast.iter_child_nodes(node))
 
     def _reads_unbound(self, node: ast.AST) -> bool:
