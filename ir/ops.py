@@ -335,6 +335,10 @@ def effect_of(op: Op) -> Effect:
             effect |= Effect(writes=frozenset({f"cell:{(op.operands if op.name == 'store' else op.results)[0].name}"}))
         case "load":
             effect |= Effect(reads=frozenset({f"cell:{op.operands[0].name}"}))
+        case "if":
+            effect |= truth_effect(op.operands[0].type)
+        case "while" if op.regions:
+            effect |= truth_effect(op.regions[0].yields[0].type)
         case _:
             pass
     for index, region in enumerate(op.regions):
@@ -343,6 +347,13 @@ def effect_of(op: Op) -> Effect:
             inner = Effect(inner.reads, inner.writes, False, inner.is_sampled)
         effect |= inner
     return effect
+
+
+def truth_effect(t: Type) -> Effect:
+    """What asking whether a value of this type is true does: opaque Python may change the answer, or raise instead."""
+    if t in (ANY, VECTOR):
+        return Effect(reads=frozenset({"py"}), may_raise=True)
+    return Effect(reads=frozenset({"py"})) if t.name == "sequence" else PURE
 
 
 def effect_of_region(region: Region) -> Effect:

@@ -66,6 +66,7 @@ class Pass(ABC):
 
     __slots__ = ()
     name: ClassVar[str]
+    covers_callees: ClassVar[bool] = False  # does `run` see to the workflows that are called, too?
 
     @abstractmethod
     def run(self, graph: Graph, costs: CostModel) -> Outcome: ...

@@ -111,7 +111,12 @@ class Dce(Pass):
 
         for op in walk(graph.body):
             reason = _unused_but_kept(op, facts.own_effect(op).writes, facts.own_effect(op).may_raise)
-            if reason is not None and op.results and not live.used.intersection(v.name for v in op.results):
+            if (
+                reason is not None
+                and op.results
+                and facts.waits(op)
+                and not live.used.intersection(v.name for v in op.results)
+            ):
                 remarks.append(
                     self.remark(describe(op), op.loc, Verdict(False, reason), fired=False, gain_s=facts.seconds(op))
                 )

@@ -13,8 +13,8 @@ from functools import lru_cache
 
 from flowc.ir.core import Attr, Graph, Op, Region, Value, walk
 from flowc.ir.effects import order_edges
-from flowc.ir.ops import OPS, PURE, RAISES, Effect, effect_of
-from flowc.ir.types import ANY, NEVER, RANGE, VECTOR, Type
+from flowc.ir.ops import OPS, PURE, Effect, effect_of, truth_effect
+from flowc.ir.types import NEVER, RANGE, Type
 
 from .cost import CostModel
 
@@ -34,7 +34,7 @@ def is_frozen(t: Type) -> bool:
 
 def has_plain_truth(t: Type) -> bool:
     """Is `bool(value)` known to run no user code and to raise nothing?"""
-    return t not in (ANY, VECTOR, NEVER)
+    return t != NEVER and not truth_effect(t).may_raise
 
 
 def iterates_safely(t: Type) -> bool:
@@ -60,7 +60,7 @@ class Facts:
 
     # -- effects
     def effect(self, op: Op) -> Effect:
-        """`effect_of(op)`, inner effects remembered; an `if` over an object of unknown truth may raise."""
+        """`effect_of(op)`, with inner effects remembered."""
         found = self._effects.get(id(op))
         if found is None:
             if not op.regions:
@@ -82,7 +82,7 @@ class Facts:
         if not op.regions:
             return self.effect(op)
         effect = effect_of(Op(op.name, op.operands, op.results, op.attrs, (), op.loc))
-        return effect | RAISES if op.name == "if" and not has_plain_truth(op.operands[0].type) else effect
+        return effect | truth_effect(op.regions[0].yields[0].type) if op.name == "while" else effect
 
     def region_effect(self, region: Region) -> Effect:
         effect = PURE
@@ -177,9 +177,10 @@ class Facts:
         """Does the op neither change the object given as this operand nor keep or pass on a reference to it?"""
         if op.name == "if":
             return True
-        if op.name == "foreach":
-            t = op.operands[0].type
-            return operand == 0 and t.name in ("list", "sequence", "tuple", "docs") and all(map(is_frozen, t.args))
+        if op.name in ("foreach", "append", "concat"):  # they take items out of it
+            t = op.operands[operand].type
+            is_taken = operand == 0 or op.name == "concat"
+            return is_taken and t.name in ("list", "sequence", "tuple", "docs") and all(map(is_frozen, t.args))
         return not op.regions and not self.effect(op).writes and all(is_frozen(v.type) for v in op.results)
 
     # -- dependencies
@@ -219,6 +220,8 @@ class Facts:
         op = self.definer(value)
         if op is None:
             return None
+        if op.name == "fused":
+            return self.length(op.regions[0].yields[next(i for i, v in enumerate(op.results) if v.name == value.name)])
         if op.name == "const":
             literal = op.attrs["value"]
             return len(literal) if isinstance(literal, str | bytes | tuple) else None
@@ -327,8 +330,10 @@ def predicted_s(graph: Graph, costs: CostModel) -> float:
 
 
 def count_ops(region: Region) -> int:
-    """Ops in the region and everything in it; a literal is none."""
-    return sum(op.name not in STATIC for op in walk(region))
+    """Operations that take a turn of the scheduler, each counted once: literals take none, a fused run takes one."""
+    return sum(
+        1 + (0 if op.name == "fused" else sum(map(count_ops, op.regions))) for op in region.ops if op.name not in STATIC
+    )
 
 
 def regions_within(region: Region) -> Iterator[Region]:

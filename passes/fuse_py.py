@@ -38,6 +38,7 @@ run that no waiting operation interrupts. A `fused` operation is final: it joins
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -191,8 +192,8 @@ def _readiness(
     """For each op its readiness class: equal for two ops that wait for the same waiting operations, directly or not.
 
     In an ordered region the class is the number of waiting ops before; in another it is the set of them, as bits. A
-    quick op, whose time does not matter, counts as ready when its users are, if they agree: a literal belongs where it
-    is used.
+    quick op, whose time does not matter, counts as ready when its users are, if they agree and other plain Python is
+    ready then: what only one place uses belongs there.
     """
     ops = region.ops
     count = 0
@@ -216,6 +217,7 @@ def _readiness(
         done.append(bits)
     if region.ordered:
         return classes
+    company = Counter(c for c, op in zip(classes, ops, strict=True) if not facts.waits(op) and op.name not in STATIC)
     wanted: list[int | None] = [None] * len(ops)  # the class of all users so far; -1 where they disagree
     yielded = {v.name for v in region.yields}
     for i in range(len(ops) - 1, -1, -1):
@@ -225,6 +227,7 @@ def _readiness(
             and later is not None
             and later.bit_length() <= before[i]
             and later >= 0
+            and company[later]
             and not any(v.name in yielded for v in ops[i].results)
         ):
             classes[i] = later

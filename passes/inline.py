@@ -46,11 +46,17 @@ _SCOPED = frozenset({"py", "try"})  # operations whose Python text looks names u
 @dataclass(frozen=True, slots=True)
 class Inline(Pass):
     name: ClassVar[str] = "inline"
+    covers_callees: ClassVar[bool] = True
     max_ops: int = 20_000
 
     def run(self, graph: Graph, costs: CostModel) -> Outcome:
         inliner = _Inliner(self, costs)
-        return Outcome(inliner.flatten(graph, {}), tuple(inliner.remarks))
+        new = inliner.flatten(graph, {})
+        known = {g.name: g for g in (*graph.callees, graph)}
+        callees = tuple(inliner.flatten(callee, known) for callee in new.callees)
+        if any(a is not b for a, b in zip(callees, new.callees, strict=True)):
+            new = replace(new, callees=callees)
+        return Outcome(new, tuple(inliner.remarks))
 
     def legal(self, call: Op, callee: Graph | None, into: _Caller) -> Verdict:
         if callee is None:
@@ -110,7 +116,13 @@ class _Caller:
         return Replacement(body.ops, {call.result.name: body.yields[0]})
 
     def finish(self, body: Region) -> Graph:
-        kept = [n for n in called_names(body) if n in self.callees]
+        kept: dict[str, None] = {}
+        work = called_names(body)[::-1]
+        while work:
+            name = work.pop()
+            if name in self.callees and name not in kept and name != self.graph.name:
+                kept[name] = None
+                work += called_names(self.callees[name].body)[::-1]
         return replace(
             self.graph,
             body=body,

@@ -222,7 +222,7 @@ class PassManager:
     def apply(self, step: Pass, graph: Graph) -> Outcome:
         """One pass over the workflow and over those that it still calls."""
         outcome = step.run(graph, self.costs)
-        if not outcome.graph.callees:
+        if step.covers_callees or not outcome.graph.callees:
             return outcome
         inner = [self.apply(step, callee) for callee in outcome.graph.callees]
         remarks = (*outcome.remarks, *(r for o in inner for r in o.remarks))
@@ -306,8 +306,7 @@ def _explain(c: Compilation) -> Iterator[str]:
             yield f"  {'+' if r.fired else '-'} {r.op}{f'  at {r.loc}' if r.loc is not None else ''}"
             if r.fired:
                 gain = f"saves {show_s(r.gain_s)}" if r.gain_s else ""
-                yield f"      {'; '.join(filter(None, (r.detail, gain)))}"
-                yield f"      legal: {r.verdict.why}"
+                yield f"      {'; '.join(filter(None, (r.detail, gain, f'legal: {r.verdict.why}')))}"
             elif r.verdict.is_legal:
                 yield f"      legal, but it does not pay: {r.detail or 'no gain'}"
             else:
