@@ -165,3 +165,9 @@ class InputError(FlowcError):
     """A malformed input: a JSONL line, a `--input` value, a missing argument."""
 
     code = "F080"
+
+
+class OutputError(FlowcError):
+    """An output file cannot be written: a full disk, no permission. What was there before, or is finished, is kept."""
+
+    code = "F090"

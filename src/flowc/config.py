@@ -42,7 +42,9 @@ Scalar = str | int | float | bool
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
-def _key(kind: type, doc: str, default: Any = MISSING, *, choices: tuple[Any, ...] = (), least: float | None = None) -> Any:
+def _key(
+    kind: type, doc: str, default: Any = MISSING, *, choices: tuple[Any, ...] = (), least: float | None = None
+) -> Any:
     """A dataclass field with what `_read_value` checks."""
     meta = {"kind": kind, "doc": doc, "choices": choices, "least": least}
     return field(metadata=meta) if default is MISSING else field(default=default, metadata=meta)
@@ -59,12 +61,20 @@ class LLMConfig:
 
     backend: str = _key(str, "what answers", "reader", choices=("reader", "hf", "replay", "record"))
     model: str | None = _key(str, "a model folder (relative to the file) or a hub id; for `hf`", None)
-    recording: Path | None = _key(Path, "the recorded calls; for `replay` and `record`", None)
-    inner: str | None = _key(str, "name of the [llm.NAME] whose calls are recorded; for `record`", None)
+    recording: Path | None = _key(Path, "the file of recorded calls; for `replay` and `record`", None)
+    inner: str | None = _key(str, "the backend whose calls are recorded; for `record`", None, choices=("reader", "hf"))
     device: str | None = _key(str, "`cpu`, `cuda`, `cuda:1`; absent: the best there is", None)
-    dtype: str | None = _key(str, "precision of the weights", None, choices=("float32", "bfloat16", "float16"))
+    dtype: str | None = _key(str, "precision of the weights", None, choices=("float32", "bfloat16", "float16", "auto"))
     max_batch: int | None = _key(int, "most requests in one backend call", None, least=1)
     options: Mapping[str, Scalar] = _options()
+
+    def arguments(self) -> dict[str, Any]:
+        """The options of `flowc.backends.llm.factory.open_llm(self.backend, ...)`."""
+        given: dict[str, Any] = {"model": self.model, "device": self.device, "dtype": self.dtype}
+        given["max_batch"] = self.max_batch
+        if self.recording is not None:
+            given |= {"path": self.recording, "inner": self.inner}
+        return {key: value for key, value in given.items() if value is not None} | dict(self.options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +90,21 @@ class IndexConfig:
 class EmbedderConfig:
     """`[embedder.NAME]`: what turns texts into vectors."""
 
-    backend: str = _key(str, "which embedder", "minilm")
-    model: str | None = _key(str, "a model folder (relative to the file) or a hub id", None)
-    device: str | None = _key(str, "`cpu`, `cuda`, `cuda:1`; absent: the best there is", None)
-    max_batch: int | None = _key(int, "most texts in one backend call", None, least=1)
+    backend: str = _key(str, "`minilm` or `hashing`", "minilm", choices=("minilm", "hashing"))
+    model: str | None = _key(str, "the folder of another sentence encoder (relative to the file)", None)
+    device: str | None = _key(str, "`cpu`, `cuda`, `cuda:1`", None)
+    dtype: str | None = _key(str, "precision of the weights", None, choices=("float32", "bfloat16"))
     options: Mapping[str, Scalar] = _options()
+
+    @property
+    def spec(self) -> str:
+        """What `flowc.backends.embed.open_embedder` takes first."""
+        return self.model or self.backend
+
+    def arguments(self) -> dict[str, Any]:
+        """The options of `flowc.backends.embed.open_embedder(self.spec, ...)`."""
+        given = {"device": self.device, "dtype": self.dtype}
+        return {key: value for key, value in given.items() if value is not None} | dict(self.options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +212,15 @@ def _from_file(path: Path) -> list[_Entry]:
         full = (*root, *entry.path)
         place = next((lines[full[:n]] for n in range(len(full), 0, -1) if full[:n] in lines), None)
         loc = Loc(str(path), *place) if place else Loc(str(path), 0)
-        entries.append(_Entry(entry.path, entry.value, f"{path.name}:{place[0]}" if place else path.name, path.parent, loc))
+        entries.append(
+            _Entry(entry.path, entry.value, f"{path.name}:{place[0]}" if place else path.name, path.parent, loc)
+        )
     return entries
 
 
-_HEADER = re.compile(r"""^\s*\[\[?\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*\]""")
+_HEADER = re.compile(
+    r"""^\s*\[\[?\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*\]"""
+)
 _ASSIGN = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=""")
 _PART = re.compile(r"""[A-Za-z0-9_-]+|"[^"]*"|'[^']*'""")
 
@@ -286,7 +310,11 @@ def _build(entries: Iterable[_Entry], path: Path | None) -> Config:
     for entry in entries:
         section = entry.path[0]
         if section not in _SECTIONS:
-            raise _error(f"unknown section `{section}`", entry, _meant(section, _SECTIONS, f"the sections are {', '.join(_SECTIONS)}"))
+            raise _error(
+                f"unknown section `{section}`",
+                entry,
+                _meant(section, _SECTIONS, f"the sections are {', '.join(_SECTIONS)}"),
+            )
         depth = 2 if section in _NAMED else 1
         where = entry.path[:depth]
         if len(entry.path) <= depth:  # a table without keys, or a value where a table should stand
@@ -301,7 +329,9 @@ def _build(entries: Iterable[_Entry], path: Path | None) -> Config:
         known = {f.name: f for f in fields(_SECTIONS[section])}
         if key not in known:
             raise _error(
-                f"unknown key `{key}` in [{'.'.join(where)}]", entry, _meant(key, known, f"its keys are {', '.join(known)}")
+                f"unknown key `{key}` in [{'.'.join(where)}]",
+                entry,
+                _meant(key, known, f"its keys are {', '.join(known)}"),
             )
         tables.setdefault(where, {})[key] = _read_value(entry, known[key].metadata)
         declared.setdefault(where, entry)
@@ -312,7 +342,11 @@ def _build(entries: Iterable[_Entry], path: Path | None) -> Config:
         kind = _SECTIONS[where[0]]
         for f in fields(kind):
             if f.default is MISSING and f.default_factory is MISSING and f.name not in table:
-                raise _error(f"[{'.'.join(where)}] has no `{f.name}`", declared[where], f"add `{f.name} = ...`: {f.metadata['doc']}")
+                raise _error(
+                    f"[{'.'.join(where)}] has no `{f.name}`",
+                    declared[where],
+                    f"add `{f.name} = ...`: {f.metadata['doc']}",
+                )
         if where[0] in _NAMED:
             named[where[0]][where[1]] = _checked(kind, table, declared[where])
         else:
@@ -329,18 +363,27 @@ def _checked(kind: type[T], table: Mapping[str, Any], entry: _Entry) -> T:
     if isinstance(made, LLMConfig):
         name = ".".join(entry.path[:2])
         if made.backend == "hf" and not made.model:
-            raise _error(f"[{name}] has backend `hf` and no `model`", entry, 'add `model = "..."`: a model folder or a hub id')
+            raise _error(
+                f"[{name}] has backend `hf` and no `model`", entry, 'add `model = "..."`: a model folder or a hub id'
+            )
         if made.backend in ("replay", "record") and made.recording is None:
-            raise _error(f"[{name}] has backend `{made.backend}` and no `recording`", entry, 'add `recording = "calls.jsonl"`')
-        if made.backend == "record" and made.inner is None:
-            raise _error(f"[{name}] records, but says not whom", entry, 'add `inner = "NAME"`: the [llm.NAME] to record')
+            raise _error(
+                f"[{name}] has backend `{made.backend}` and no `recording`", entry, 'add `recording = "calls.jsonl"`'
+            )
     return made
 
 
 def _read_value(entry: _Entry, meta: Mapping[str, Any]) -> Any:
     """The entry's value, checked; texts from the environment are converted, relative paths completed."""
     kind, value, name = meta["kind"], entry.value, ".".join(entry.path)
-    wanted = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", Path: "a path", dict: "a table"}[kind]
+    wanted = {
+        str: "a text",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        Path: "a path",
+        dict: "a table",
+    }[kind]
     if entry.origin.startswith("environment") and isinstance(value, str):
         try:
             if kind in (int, float):
@@ -353,17 +396,27 @@ def _read_value(entry: _Entry, meta: Mapping[str, Any]) -> Any:
             raise _error(f"`{name}` takes {wanted}, not {entry.value!r}", entry, meta["doc"]) from None
     if kind is float and type(value) is int:
         value = float(value)
-    fits = isinstance(value, str | Path) if kind is Path else isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+    fits = (
+        isinstance(value, str | Path)
+        if kind is Path
+        else isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+    )
     if not fits:
         raise _error(f"`{name}` takes {wanted}, not {value!r}", entry, meta["doc"])
     if kind is dict:
         for key, item in value.items():
             if not isinstance(item, str | int | float | bool):
-                raise _error(f"`{name}.{key}` takes a text, a number or true or false, not {item!r}", entry, meta["doc"])
+                raise _error(
+                    f"`{name}.{key}` takes a text, a number or true or false, not {item!r}", entry, meta["doc"]
+                )
         return MappingProxyType(dict(value))
     if meta["choices"] and value not in meta["choices"]:
         shown = ", ".join(map(str, meta["choices"]))
-        raise _error(f"`{name}` cannot be {value!r}", entry, _meant(str(value), map(str, meta["choices"]), f"it is one of {shown}"))
+        raise _error(
+            f"`{name}` cannot be {value!r}",
+            entry,
+            _meant(str(value), map(str, meta["choices"]), f"it is one of {shown}"),
+        )
     if meta["least"] is not None and (value < meta["least"] or value != value):
         raise _error(f"`{name}` cannot be {value!r}", entry, f"it is at least {meta['least']}")
     if kind is Path:

@@ -1,7 +1,7 @@
 """Graphviz' DOT, with a cluster for each region.
 
-Labels hold operation, resource and variable names in a restricted alphabet and nothing else: Graphviz has crashed on hostile
-labels however they were quoted, so no text of a prompt may reach it.
+Labels hold operation, resource and variable names in a restricted alphabet and nothing else: Graphviz has crashed on
+hostile labels however they were quoted, so no text of a prompt may reach it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,17 @@ from flowc.ir.core import Graph
 
 from .model import Edge, Item, Part, draw
 
-__all__ = ["label", "to_dot"]
+__all__ = ["FILL", "label", "to_dot"]
 
-_FILL = {
-    "llm": "#e4dfff", "search": "#d3f3ee", "embed": "#d9ecfb", "rerank": "#f8ebc8", "io": "#fbdfd5", "python": "#eef0f4",
-}  # fmt: skip
+FILL = {
+    "llm": "#e4dfff",
+    "search": "#d3f3ee",
+    "embed": "#d9ecfb",
+    "rerank": "#f8ebc8",
+    "io": "#fbdfd5",
+    "python": "#eef0f4",
+}
+"""Lane -> fill colour, on white."""
 
 
 def label(text: str) -> str:
@@ -46,7 +52,9 @@ def _part(part: Part, out: list[str], pad: str) -> None:
             for i, inner in enumerate(item.parts):
                 if inner.label:
                     out.append(f'{pad}  subgraph "cluster_{item.id}_{i}" {{')
-                    out.append(f'{pad}    graph [label="{label(inner.label)}", style="rounded,dashed", color="#c3cad6"];')
+                    out.append(
+                        f'{pad}    graph [label="{label(inner.label)}", style="rounded,dashed", color="#c3cad6"];'
+                    )
                     _part(inner, out, pad + "    ")
                     out.append(f"{pad}  }}")
                 else:
@@ -56,10 +64,9 @@ def _part(part: Part, out: list[str], pad: str) -> None:
             out.append(f"{pad}}}")
         else:
             shape = "" if item.kind == "op" else ', shape=plaintext, style=""'
-            fill = f', fillcolor="{_FILL.get(item.lane, _FILL["python"])}"' if item.kind == "op" else ""
+            fill = f', fillcolor="{FILL.get(item.lane, FILL["python"])}"' if item.kind == "op" else ""
             out.append(f'{pad}"{item.id}" [id="op-{item.id}", label="{_label(item)}"{fill}{shape}];')
-    for edge in part.edges:
-        out.append(f"{pad}{_edge(edge, by_id)};")
+    out += [f"{pad}{_edge(edge, by_id)};" for edge in part.edges]
 
 
 def _label(item: Item) -> str:

@@ -1,4 +1,6 @@
-"""A plan as JSON for other programs: versioned, keys in a fixed order, the same bytes for the same plan on every machine."""
+"""A plan as JSON for other programs: versioned, keys in a fixed order, the same bytes for the same plan on every
+machine.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ FORMAT, VERSION = "flowc.plan", 1
 
 
 def plan_hash(graph: Graph) -> str:
-    """`sha256:` and the hash of what the graph computes: places in source files do not count, so moving a file changes nothing."""
+    """`sha256:` and the hash of what the graph computes: places in source files do not count, so moving a file changes
+    nothing.
+    """
     text = json.dumps(_graph(graph, None), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,18 +1,19 @@
-"""Places for a drawing: the layered method of Sugiyama, Tagawa and Toda, "Methods for Visual Understanding of Hierarchical
-System Structures", 1981, one part at a time, inner boxes first.
+"""Places for a drawing: the layered method of Sugiyama, Tagawa and Toda, "Methods for Visual Understanding of
+Hierarchical System Structures", 1981, one part at a time, inner boxes first.
 
-Per part: ranks by longest path; edges over several ranks get a bend per rank; the order within a rank by barycentre sweeps, the one
-with the fewest crossings kept; x by moving each rank towards its neighbours without overlap (isotonic regression, which is exact for
-one rank at a time). A box is a node as large as what is inside it. Deterministic; a plan of a hundred operations takes
-milliseconds.
+Per part: ranks by longest path; edges over several ranks get a bend per rank; the order within a rank by barycentre
+sweeps, the one with the fewest crossings kept; x by moving each rank towards its neighbours without overlap (isotonic
+regression, which is exact for one rank at a time). A box is a node as large as what is inside it. Deterministic; a
+plan of a hundred operations takes milliseconds.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .model import Drawing, Edge, Item, Part
 
@@ -107,7 +108,9 @@ def lay_out(drawing: Drawing) -> Layout:
             for inner, dx, dy in box.parts:
                 px, py = x + left + dx, y + top + dy
                 if inner.part.label:
-                    frames.append(Frame(inner.part.label, px - INSET, py - LABEL, inner.w + 2 * INSET, inner.h + LABEL + INSET))
+                    frames.append(
+                        Frame(inner.part.label, px - INSET, py - LABEL, inner.w + 2 * INSET, inner.h + LABEL + INSET)
+                    )
                 put(inner, px, py, depth + 1)
 
     put(laid, PAD, PAD, 0)
@@ -176,7 +179,9 @@ def _lay_part(part: Part) -> _Laid:
 
 
 def _ranks(part: Part) -> dict[str, int]:
-    """Longest path from the top; then items without a predecessor sink to just above what uses them (parameters excepted)."""
+    """Longest path from the top; then items without a predecessor sink to just above what uses them (parameters
+    excepted).
+    """
     above: dict[str, list[str]] = {}
     below: dict[str, list[str]] = {}
     for e in part.edges:
@@ -225,7 +230,7 @@ def _with_bends(part: Part, ranks: dict[str, int]) -> tuple[list[list[str]], dic
 
 
 def _order_layers(layers: list[list[str]], neighbours: Neighbours) -> list[list[str]]:
-    """The order in each layer by barycentre sweeps down and up; of all orders met, the one with the fewest crossings."""
+    """The order in each layer by barycentre sweeps down and up; of all met, the one with the fewest crossings."""
     best = [list(layer) for layer in layers]
     fewest = _crossings(best, neighbours)
     now = [list(layer) for layer in layers]
@@ -253,7 +258,7 @@ def _order_layers(layers: list[list[str]], neighbours: Neighbours) -> list[list[
 def _crossings(layers: Sequence[Sequence[str]], neighbours: Neighbours) -> int:
     """Crossings between neighbouring layers, counted as inversions by insertion into a sorted list."""
     total = 0
-    for upper, lower in zip(layers, layers[1:], strict=False):
+    for upper, lower in pairwise(layers):
         place = {name: k for k, name in enumerate(lower)}
         seen: list[int] = []
         for name in upper:
@@ -288,17 +293,22 @@ def _coordinates(
                 near = (above if turn % 2 == 0 else below) or (below if turn % 2 == 0 else above)
                 if turn >= rounds - 4:
                     near = [*above, *below]
-                pull = [8.0 if name not in real and n not in real else 1.0 for n in near]  # long edges should be straight
+                pull = [
+                    8.0 if name not in real and n not in real else 1.0 for n in near
+                ]  # long edges should be straight
                 wishes.append(sum(w * x[n] for w, n in zip(pull, near, strict=True)) / sum(pull) if near else x[name])
                 weights.append(sum(pull) if near else 0.01)
-            for name, value in zip(layer, _spread(layer, wishes, weights, width, real), strict=True):
-                x[name] = value
+            x.update(zip(layer, _spread(layer, wishes, weights, width, real), strict=True))
     _straighten(layers, neighbours, width, real, x)
     return x
 
 
 def _straighten(
-    layers: Sequence[Sequence[str]], neighbours: Neighbours, width: dict[str, float], real: set[str], x: dict[str, float]
+    layers: Sequence[Sequence[str]],
+    neighbours: Neighbours,
+    width: dict[str, float],
+    real: set[str],
+    x: dict[str, float],
 ) -> None:
     """Puts runs of bends, and chains of items that lead only to each other, on one vertical where there is room for it.
 
@@ -320,7 +330,10 @@ def _straighten(
     def follows(name: str) -> str | None:
         below = neighbours[name][1]
         if name not in real:  # a trunk goes on downwards even where branches leave it
-            return next((n for n in below if n not in real), below[0] if len(below) == 1 and len(neighbours[below[0]][0]) == 1 else None)
+            return next(
+                (n for n in below if n not in real),
+                below[0] if len(below) == 1 and len(neighbours[below[0]][0]) == 1 else None,
+            )
         if len(below) == 1 and len(neighbours[below[0]][0]) == 1:
             return below[0]
         return None
@@ -351,7 +364,7 @@ def _spread(
 ) -> list[float]:
     """The places nearest to the wishes (weighted squares) that keep order and gaps: pool adjacent violators."""
     offsets = [0.0]
-    for a, b in zip(layer, layer[1:], strict=False):
+    for a, b in pairwise(layer):
         gap = GAP_X if a in real and b in real else BEND_GAP
         offsets.append(offsets[-1] + (width[a] + width[b]) / 2 + gap)
     blocks: list[tuple[float, float, int]] = []  # mean, weight, how many
@@ -390,19 +403,17 @@ def _ports(
 
 
 def _curve(points: Sequence[tuple[float, float]]) -> str:
-    """An SVG path through points that come as (leave, arrive) pairs of ranks: vertical through a rank, curved between two."""
+    """An SVG path through points that come as (leave, arrive) pairs of ranks: vertical through a rank, curved between
+    two.
+    """
     pieces = [f"M{_n(points[0][0])} {_n(points[0][1])}"]
-    for (x0, y0), (x1, y1) in _pairs(points):
+    for (x0, y0), (x1, y1) in pairwise(points):
         if abs(x0 - x1) < 0.5:
             pieces.append(f"L{_n(x1)} {_n(y1)}")
         else:
             bow = max((y1 - y0) * 0.5, 10.0)
             pieces.append(f"C{_n(x0)} {_n(y0 + bow)} {_n(x1)} {_n(y1 - bow)} {_n(x1)} {_n(y1)}")
     return "".join(pieces)
-
-
-def _pairs(points: Sequence[tuple[float, float]]) -> Iterator[tuple[tuple[float, float], tuple[float, float]]]:
-    yield from zip(points, points[1:], strict=False)
 
 
 def _n(value: float) -> str:

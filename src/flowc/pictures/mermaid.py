@@ -1,19 +1,18 @@
-"""Mermaid text, for a README or a pull request. Viewers stop at 500 edges, so a larger workflow is drawn with its boxes closed."""
+"""Mermaid text, for a README or a pull request. Viewers stop at 500 edges, so a larger workflow is drawn with its
+boxes closed.
+"""
 
 from __future__ import annotations
 
 from flowc.ir.core import Graph
 from flowc.ir.errors import CompileError
 
-from .dot import label
+from .dot import FILL, label
 from .model import Drawing, Item, Part, draw
 
 __all__ = ["MOST_EDGES", "to_mermaid"]
 
 MOST_EDGES = 500
-_FILL = {
-    "llm": "#e4dfff", "search": "#d3f3ee", "embed": "#d9ecfb", "rerank": "#f8ebc8", "io": "#fbdfd5", "python": "#eef0f4",
-}  # fmt: skip
 
 
 def to_mermaid(graph: Graph) -> str:
@@ -35,8 +34,8 @@ def _write(drawing: Drawing) -> str:
     _part(drawing.root, out, "  ")
     for lane in drawing.lanes:
         ids = ",".join(i.id for i in drawing.items() if i.kind == "op" and i.lane == lane)
-        if ids and lane in _FILL:
-            out += [f"  classDef {lane} fill:{_FILL[lane]},stroke:#98a2b3,color:#1d2433", f"  class {ids} {lane}"]
+        if ids and lane in FILL:
+            out += [f"  classDef {lane} fill:{FILL[lane]},stroke:#98a2b3,color:#1d2433", f"  class {ids} {lane}"]
     return "\n".join(out) + "\n"
 
 
@@ -56,8 +55,7 @@ def _part(part: Part, out: list[str], pad: str) -> None:
         else:
             left, right = ("[", "]") if item.kind == "op" else ("([", "])")
             out.append(f'{pad}{item.id}{left}"{text}"{right}')
-    for edge in part.edges:
-        out.append(f"{pad}{edge.src} {'-.->' if edge.kind == 'order' else '-->'} {edge.dst}")
+    out += [f"{pad}{e.src} {'-.->' if e.kind == 'order' else '-->'} {e.dst}" for e in part.edges]
 
 
 def _text(item: Item) -> str:

@@ -1,10 +1,11 @@
 """What a picture shows of a workflow: a tree of items with edges between neighbours, without places yet.
 
-Every operation is an item. One with regions (`if`, `foreach`, ...) is a box whose parts hold the items of its regions. An edge
-always joins two items of one part: where a value is used deeper inside a box, the edge ends at that box. Constants are left out
-(they are no work, and there are many); a part that would be empty without them keeps them.
+Every operation is an item. One with regions (`if`, `foreach`, ...) is a box whose parts hold the items of its regions.
+An edge always joins two items of one part: where a value is used deeper inside a box, the edge ends at that box.
+Constants are left out (they are no work, and there are many); a part that would be empty without them keeps them.
 
-Labels are the names of operations, resources and variables. No text of a prompt and no other literal ever gets into one.
+Labels are the names of operations, resources and variables. No text of a prompt and no other literal ever gets into
+one.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from dataclasses import dataclass, field
 
 from flowc.ir.core import Graph, Op, Region, Value
 from flowc.ir.effects import order_edges
-from flowc.ir.ops import DEFAULT_RATES, OPS, Rates
+from flowc.ir.ops import OPS
 
-__all__ = ["LANES", "Drawing", "Edge", "Item", "Part", "cost_of", "draw", "item_ids"]
+__all__ = ["LANES", "Drawing", "Edge", "Item", "Part", "draw", "item_ids"]
 
 LANES = ("llm", "search", "embed", "rerank", "io", "python")
 """The lanes in the order in which legends and timelines show them."""
@@ -26,7 +27,9 @@ _HIDDEN = frozenset({"const", "undef"})
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """`src` to `dst` (ids of items in one part). `kind`: "data", or "order" where only the order of effects asks for it."""
+    """`src` to `dst` (ids of items in one part). `kind`: "data", or "order" where only the order of effects asks for
+    it.
+    """
 
     src: str
     dst: str
@@ -45,7 +48,9 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Something drawn. `kind`: "op", "box" (an op with parts), "param" (a region's or workflow's parameter) or "result"."""
+    """Something drawn. `kind`: "op", "box" (an op with parts), "param" (a region's or workflow's parameter) or
+    "result".
+    """
 
     id: str
     kind: str
@@ -94,11 +99,6 @@ def _items(part: Part) -> Iterator[Item]:
             yield from _items(inner)
 
 
-def cost_of(op: Op, rates: Rates = DEFAULT_RATES) -> float:
-    """Predicted seconds of the operation alone, its regions not counted."""
-    return OPS[op.name].cost_s(op, rates) if op.name in OPS else 0.0
-
-
 def draw(graph: Graph, *, prefix: str = "n", most_items: int = 600) -> Drawing:
     """The drawing of a workflow; ids are `prefix` and a number in program order, constants counted.
 
@@ -125,7 +125,14 @@ def item_ids(region: Region, prefix: str) -> dict[int, str]:
 
 
 def _part(
-    label: str, region: Region, ids: Mapping[int, str], closes: bool, *, result: Value | None = None, prefix: str, owner: str = ""
+    label: str,
+    region: Region,
+    ids: Mapping[int, str],
+    closes: bool,
+    *,
+    result: Value | None = None,
+    prefix: str,
+    owner: str = "",
 ) -> Part:
     shown = [op for op in region.ops if op.name not in _HIDDEN]
     if not shown and result is None:

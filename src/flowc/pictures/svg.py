@@ -1,8 +1,8 @@
 """SVG: by Graphviz in a process of its own where it is installed, else by flowc's own layered layout.
 
-Graphviz has crashed its process on unusual labels; here it only ever sees restricted ones (`dot.label`), runs in a child
-process with a time limit, and whatever goes wrong there falls back to the own layout. The own one is complete, takes no
-dependency and gives the same bytes on every machine; the HTML page uses nothing else.
+Graphviz has crashed its process on unusual labels; here it only ever sees restricted ones (`dot.label`), runs in a
+child process with a time limit, and whatever goes wrong there falls back to the own layout. The own one is complete,
+takes no dependency and gives the same bytes on every machine; the HTML page uses nothing else.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ text{font-family:ui-sans-serif,system-ui,-apple-system,'Segoe UI',Roboto,sans-se
 def to_svg(graph: Graph, *, engine: str = "auto", timeout_s: float = 20.0) -> tuple[str, str]:
     """The picture as SVG, and what laid it out: "graphviz" or "flowc".
 
-    `engine` "auto" takes Graphviz (pygraphviz of the [viz] extra, else a `dot` on the PATH) where there is one; "flowc" never does.
+    `engine` "auto" takes Graphviz (pygraphviz of the [viz] extra, else a `dot` on the PATH) where there is one;
+    "flowc" never does.
     """
     drawing = draw(graph)
     if engine == "auto":
@@ -68,7 +69,7 @@ sys.stdout.buffer.write(pygraphviz.AGraph(string=text).draw(format="svg", prog="
 
 
 def _by_graphviz(dot: str, timeout_s: float) -> str | None:
-    """Graphviz' picture, or None if it is not installed, fails, crashes, hangs, or gives anything but a plain picture."""
+    """Graphviz' picture, or None if it is not installed, fails, crashes, hangs, or gives more than a plain picture."""
     commands = [[sys.executable, "-I", "-c", _CHILD]]
     if program := shutil.which("dot"):
         commands.append([program, "-Tsvg"])
@@ -78,7 +79,11 @@ def _by_graphviz(dot: str, timeout_s: float) -> str | None:
         except (OSError, subprocess.TimeoutExpired):
             continue
         text = done.stdout.decode("utf-8", "replace")
-        if done.returncode == 0 and "</svg>" in text and not re.search(r"<script|<foreignObject|href=", text, re.IGNORECASE):
+        if (
+            done.returncode == 0
+            and "</svg>" in text
+            and not re.search(r"<script|<foreignObject|href=", text, re.IGNORECASE)
+        ):
             return text
     return None
 
@@ -94,7 +99,8 @@ def standalone(drawing: Drawing) -> str:
         f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label={quoteattr("workflow " + drawing.name)}>',
         f"<title>{escape(_plain(drawing.name))}</title><desc>laid out by flowc</desc>",
         f"<style>{_STYLE}{''.join(f'.l-{lane}{{fill:{light}}}' for lane, (light, _) in COLOURS.items())}",
-        f"@media(prefers-color-scheme:dark){{{''.join(f'.l-{lane}{{fill:{dark}}}' for lane, (_, dark) in COLOURS.items())}}}</style>",
+        "@media(prefers-color-scheme:dark){",
+        "".join(f".l-{lane}{{fill:{dark}}}" for lane, (_, dark) in COLOURS.items()) + "}</style>",
     ]
     for i, lane in enumerate(lanes):
         out.append(f'<rect class="l-{lane}" x="{14 + 90 * i}" y="10" width="10" height="10" rx="2"/>')
@@ -109,7 +115,8 @@ def render(layout: Layout, *, marker: str = "tip", interactive: bool = False) ->
     Everything is classes and presentation attributes, because the page's policy forbids inline styles.
     """
     out = [
-        f'<defs><marker id="{marker}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6" markerHeight="6" orient="auto">'
+        f'<defs><marker id="{marker}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6" markerHeight="6" '
+        'orient="auto">'
         '<path class="tip" d="M0 .8 7.2 4 0 7.2z"/></marker></defs>'
     ]
     boxes = [p for p in layout.places if p.item.kind == "box"]
@@ -164,7 +171,9 @@ def _box(p: Place, interactive: bool) -> str:
     ]
     if p.item.subtitle:
         at = 24 + len(p.item.title) * TITLE_CHAR
-        out.append(f'<text class="dim s" x="{at:.1f}" y="20">{escape(_fit(p.item.subtitle, p.w - at - 20, SMALL_CHAR))}</text>')
+        out.append(
+            f'<text class="dim s" x="{at:.1f}" y="20">{escape(_fit(p.item.subtitle, p.w - at - 20, SMALL_CHAR))}</text>'
+        )
     if p.item.wave is not None:
         out.append(_badge(p.item.wave, p.w - 15, 15, "python"))
     return "".join([*out, "</g>"])
@@ -182,8 +191,9 @@ def _pill(p: Place) -> str:
     if p.item.subtitle:
         text += f'<tspan class="dim s" dx="6">{escape(_fit(p.item.subtitle, 120, SMALL_CHAR))}</tspan>'
     return (
-        f'<g class="io-pill" transform="translate({p.x:.1f} {p.y:.1f})"><rect class="pill" width="{p.w:.1f}" height="{PILL_H:g}" '
-        f'rx="{PILL_H / 2:g}"/><text text-anchor="middle" x="{p.w / 2:.1f}" y="16">{text}</text></g>'
+        f'<g class="io-pill" transform="translate({p.x:.1f} {p.y:.1f})">'
+        f'<rect class="pill" width="{p.w:.1f}" height="{PILL_H:g}" rx="{PILL_H / 2:g}"/>'
+        f'<text text-anchor="middle" x="{p.w / 2:.1f}" y="16">{text}</text></g>'
     )
 
 
@@ -195,4 +205,6 @@ def _fit(text: str, width: float, char: float) -> str:
 
 def _plain(text: str) -> str:
     """Without characters that XML does not know, and without those that turn the direction of the text around."""
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff\u200e\u200f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)
+    return re.sub(
+        r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff\u200e\u200f\u202a-\u202e\u2066-\u2069]", "\ufffd", text
+    )

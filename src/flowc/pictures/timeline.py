@@ -1,23 +1,22 @@
 """A predicted timeline: when each operation would run if every lane were free and costs were what the cost model says.
 
-It is a picture, not a promise. Assumed: `ITEMS` items in every loop over a list, one turn of every `while`, the slower branch of
+It is a picture, not a promise. Assumed: as many items and turns of loops as the passes assume, the slower branch of
 every `if`, no error. Under these the captured program and the compiled one are comparable, bar by bar.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from flowc.ir.core import Graph, Op, Region
 from flowc.ir.effects import order_edges
-from flowc.ir.ops import DEFAULT_RATES, OPS, Rates
+from flowc.ir.ops import OPS, Rates
+from flowc.passes.cost import CostModel
 
-from .model import cost_of, item_ids
+from .model import item_ids
 
-__all__ = ["ITEMS", "Bar", "Timeline", "predict"]
+__all__ = ["Bar", "Timeline", "predict"]
 
-ITEMS = 3
 _MOST_BARS = 600  # nested loops multiply; beyond this one item stands for all
 
 
@@ -40,11 +39,10 @@ class Timeline:
     makespan_s: float
 
 
-def predict(
-    graph: Graph, *, prefix: str = "n", rates: Rates = DEFAULT_RATES, cost: Callable[[Op], float] | None = None, items: int = ITEMS
-) -> Timeline:
-    """The timeline of a workflow; `cost` gives an operation's seconds where another model than the op table's is wanted."""
-    price = cost or (lambda op: cost_of(op, rates))
+def predict(graph: Graph, *, prefix: str = "n", rates: Rates | None = None) -> Timeline:
+    """The timeline of a workflow under a cost model's rates (default: `PASS_RATES`)."""
+    costs = CostModel(rates or {})
+    items, turns = max(round(costs["foreach_items"]), 1), max(round(costs["while_trips"]), 1)
     ids = item_ids(graph.body, prefix)
     bars: list[Bar] = []
 
@@ -73,7 +71,10 @@ def predict(
                 bars.extend(kept)
                 return latest
             case "while":
-                return region(op.regions[1], region(op.regions[0], start))
+                limit = op.attr("limit", turns)
+                for _ in range(min(turns, limit) if len(bars) < _MOST_BARS else 1):
+                    start = region(op.regions[1], region(op.regions[0], start))
+                return start
             case "foreach":
                 end = start
                 for _ in range(items if len(bars) < _MOST_BARS else 1):
@@ -84,9 +85,9 @@ def predict(
             case "try" | "fused":
                 return region(op.regions[0], start)
             case _:
-                end = start + price(op)
+                end = start + costs.own_s(op)
                 spec = OPS.get(op.name)
-                if end > start and op.name not in ("const", "undef"):
+                if end > start:
                     bars.append(Bar(ids[id(op)], op.name, spec.lane if spec else "python", start, end))
                 return end
 

@@ -1,0 +1,76 @@
+"""The command line as a whole: every command by name, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from flowc.ir.errors import FlowcError
+
+from . import compile, doctor, index, model
+from . import run as running
+from .console import USAGE, Failed, exit_code, interruptible, show_error
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    name="flowc",
+    help="Compile and run RAG and multi-agent programs written as plain Python functions.",
+    epilog="Exit codes: 0 done, 1 failed, 2 bad usage. Data goes to stdout, all else to stderr. "
+    "Configuration: flowc.toml, FLOWC_... variables, flags; the later wins.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help without rich is twice as quick, and as readable
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("compile")(compile.compile_)
+app.command("opt")(compile.opt)
+app.command("run")(running.run)
+app.command("verify")(running.verify)
+app.add_typer(index.app, name="index")
+app.add_typer(model.app, name="model")
+app.command("doctor")(doctor.doctor)
+app.command("demo", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(model.demo)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: bool = typer.Option(False, "--version", "-V", help="Print the version."),
+) -> None:
+    if version:
+        from flowc.cli import _version
+
+        raise typer.Exit(_version())
+
+
+def run(args: list[str]) -> int:
+    """Runs one command; the exit code. Errors have been shown when it returns."""
+    as_json = "--json" in args
+    try:
+        with interruptible():
+            code = app(args, standalone_mode=False)
+            return code if isinstance(code, int) else 0
+    except Failed as error:
+        return error.code
+    except FlowcError as error:
+        with interruptible():
+            show_error(error, as_json=as_json)
+        return exit_code(error)
+    except typer.Exit as error:
+        return int(error.exit_code)
+    except typer.Abort:
+        return 130
+    except Exception as error:
+        return _other(error, as_json)
+
+
+def _other(error: Exception, as_json: bool) -> int:
+    """A mistake on the command line, by typer's own classes, or an error of the user's program with its traceback."""
+    show = getattr(error, "show", None)
+    if callable(show) and hasattr(error, "exit_code"):
+        show(file=sys.stderr)
+        return USAGE
+    show_error(error, as_json=as_json)
+    return 1

@@ -1,0 +1,254 @@
+"""`flowc index`: builds, describes and searches retrieval indexes."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flowc.config import load_config
+
+from .console import INDEXES, Failed, emit, emit_json, fail, is_terminal, note, show_error, table
+
+app = typer.Typer(help="Build, describe and search retrieval indexes.", no_args_is_help=True, rich_markup_mode=None)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Where = Annotated[str, typer.Argument(help="An index folder, or the name of one in flowc.toml.", metavar="INDEX")]
+
+
+class Kind(StrEnum):
+    auto, flat, ivf, bm25 = "auto", "flat", "ivf", "bm25"
+
+
+class Codec(StrEnum):
+    fp16, fp32 = "fp16", "fp32"
+
+
+@app.command("build")
+def build(
+    source: Annotated[
+        str, typer.Argument(help="A folder of text, Markdown or HTML; a file; JSONL; or `pydocs`.", metavar="SOURCE")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The index folder to write.", metavar="DIR")],
+    embedder: Annotated[
+        str | None,
+        typer.Option(
+            "--embedder", help="minilm, hashing, a model folder, or a name in flowc.toml.", show_default="minilm"
+        ),
+    ] = None,
+    kind: Annotated[Kind, typer.Option("--kind", help="bm25 needs no embedder.")] = Kind.auto,
+    nlist: Annotated[
+        int | None, typer.Option("--nlist", min=1, help="Clusters.", show_default="from the number of passages")
+    ] = None,
+    nprobe: Annotated[
+        int | None, typer.Option("--nprobe", min=1, help="Clusters to probe.", show_default="measured")
+    ] = None,
+    codec: Annotated[Codec, typer.Option("--codec", help="How vectors are stored.")] = Codec.fp16,
+    words: Annotated[
+        int | None, typer.Option("--words", min=8, help="Words in a passage, about.", show_default="100")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first file or line that cannot be read.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Build an index of SOURCE. An index that is already at DIR stays whole until the new one is on the disk."""
+    from flowc.backends.vector import build_index
+
+    progress = _Steps()
+    with progress:
+        if not Path(source).exists() and (bundle := _bundle(source)) is not None:
+            from flowc.backends.vector.bundle import index_bundle
+
+            opened = _embedder(embedder) if embedder is not None and kind is not Kind.bm25 else None
+            manifest = index_bundle(
+                bundle, out, embedder=opened, kind=kind.value, nlist=nlist, nprobe=nprobe, progress=progress.step
+            )
+            errors: list[Any] = []
+            files = 1
+        else:
+            from flowc.backends.vector import read_passages
+
+            options = {} if words is None else {"words": words}
+            reading = read_passages(source, strict=strict, **options)  # type: ignore[arg-type]
+            errors, files = reading.errors, reading.files
+            for error in errors:
+                show_error(error)
+            opened = None if kind is Kind.bm25 else _embedder(embedder)
+            manifest = build_index(
+                reading.passages,
+                opened,
+                out,
+                kind=kind.value,
+                nlist=nlist,
+                nprobe=nprobe,
+                codec=codec.value,
+                progress=progress.step,
+            )
+    if as_json:
+        emit_json(
+            {
+                "path": str(out),
+                "kind": manifest.kind,
+                "passages": manifest.count,
+                "files": files,
+                "size_bytes": manifest.size_bytes,
+            }
+            | {"nlist": manifest.nlist, "nprobe": manifest.nprobe, "reasons": list(manifest.reasons)}
+            | {"errors": [str(e.message) for e in errors]}
+        )
+    else:
+        emit(f"{out}: {manifest.count} passages from {files} files, {manifest.kind}, {_size(manifest.size_bytes)}")
+    for reason in manifest.reasons:
+        note(f"  {reason}")
+    if errors:
+        note(f"{len(errors)} files or lines could not be read; all others are in the index")
+        raise Failed
+
+
+@app.command("info")
+def info(
+    index: Where,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="Measure recall by nprobe against a scan of everything.")
+    ] = False,
+    k: Annotated[int, typer.Option("-k", min=1, help="Recall at how many.")] = 10,
+    sample: Annotated[int, typer.Option("--sample", min=1, help="On how many of its own vectors.")] = 200,
+    as_json: Json = False,
+) -> None:
+    """Describe an index, after checking every file against its checksum."""
+    from flowc.backends.vector import index_info
+
+    found = index_info(_path(index), recall=recall, k=k, sample=sample)
+    if as_json:
+        emit_json(found.as_dict())
+        return
+    rows: list[tuple[str, str]] = []
+    for key, value in found.as_dict().items():
+        if value in (None, "", 0, {}, (), []) or key in ("recall", "reasons"):
+            continue
+        shown = (
+            _size(value)
+            if key == "size_bytes"
+            else ", ".join(map(str, value))
+            if isinstance(value, list | tuple)
+            else str(value)
+        )
+        rows.append((key, shown))
+    rows += [("why", reason) for reason in found.reasons]
+    rows += [(f"recall@{found.recall_k}, nprobe {n}", f"{r:.3f}") for n, r in (found.recall or {}).items()]
+    table(rows, ("what", "value"))
+
+
+@app.command("search")
+def search(
+    index: Where,
+    query: Annotated[str, typer.Argument(help="What to look for.", metavar="QUERY")],
+    k: Annotated[int, typer.Option("-k", min=1, help="How many passages.")] = 4,
+    nprobe: Annotated[
+        int | None, typer.Option("--nprobe", min=1, help="Clusters to probe.", show_default="the index's own")
+    ] = None,
+    embedder: Annotated[str | None, typer.Option("--embedder", help="Another embedder than the index names.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Search an index: score, source, title and text of the nearest passages, best first."""
+    from flowc.backends.vector import open_index
+    from flowc.runtime.protocols import SearchRequest
+
+    from .values import to_json
+
+    opened = open_index(_path(index), _embedder(embedder) if embedder is not None else None)
+    try:
+        (docs,) = opened.search([SearchRequest(query, k, nprobe)])
+    finally:
+        opened.close()
+    if isinstance(docs, Exception):
+        raise docs
+    if as_json:
+        emit_json(to_json(docs))
+        return
+    for rank, doc in enumerate(docs, 1):
+        emit(f"[{rank}] {doc.score:.3f}  {doc.source}  {doc.title}".rstrip())
+        emit("    " + " ".join(doc.text.split()))
+
+
+class _Steps:
+    """Progress of a build on stderr: a bar on a terminal, a line for each stage elsewhere."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> _Steps:
+        import sys
+
+        if is_terminal(sys.stderr):
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+        return self
+
+    def step(self, stage: str, done: int, total: int) -> None:
+        if self._bar is None:
+            if stage != self._stage:
+                note(f"{stage} ({total})")
+        elif stage != self._stage:
+            self._task = self._bar.add_task(stage, total=total, completed=done)
+        else:
+            self._bar.update(self._task, completed=done, total=total)
+        self._stage = stage
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _bundle(name: str) -> Path | None:
+    from flowc.backends.vector.bundle import find_bundle
+    from flowc.ir.errors import ResourceError
+
+    if "/" in name or "\\" in name:
+        return None
+    try:
+        return find_bundle(name)
+    except ResourceError:
+        return None
+
+
+def _embedder(name: str | None) -> Any:
+    from flowc.backends.embed import open_embedder
+
+    config = load_config()
+    chosen = name or ("default" if "default" in config.embedder else "minilm")
+    if chosen in config.embedder:
+        return open_embedder(config.embedder[chosen].spec, **config.embedder[chosen].arguments())
+    return open_embedder(chosen)
+
+
+def _path(text: str) -> Path:
+    """The folder, or that of the index of this name in the configuration."""
+    if Path(text).exists() or "/" in text or "\\" in text:
+        return Path(text)
+    config = load_config()
+    if text in config.index:
+        return config.index[text].path
+    if (INDEXES / text).is_dir():
+        return INDEXES / text
+    known = ", ".join(config.index)
+    fail(
+        f"there is no index folder {text}, and no [index.{text}] in the configuration",
+        hint=f"configured are {known}" if known else "build one with `flowc index build SOURCE -o DIR`",
+    )
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.3g} TB"
