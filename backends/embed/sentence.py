@@ -188,6 +188,7 @@ class SentenceEmbedder:
         return np.asarray(vector / np.float32(max(norm, 1e-12)), dtype=np.float32)
 
     def _read_pooling(self) -> str:
+        again = "copy the model directory again"
         try:
             modules = json.loads((self.folder / "modules.json").read_text("utf-8"))
             kinds = [str(m["type"]).rsplit(".", 1)[-1] for m in modules]
@@ -195,7 +196,7 @@ class SentenceEmbedder:
         except FileNotFoundError:
             kinds, where = [], "1_Pooling"
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise ResourceError(f"{self.folder / 'modules.json'} cannot be read: {e}", code="F065") from e
+            raise ResourceError(f"{self.folder / 'modules.json'} cannot be read: {e}", code="F065", hint=again) from e
         unknown = sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"})
         if unknown:
             raise ResourceError(
@@ -208,7 +209,9 @@ class SentenceEmbedder:
         except FileNotFoundError:
             return "mean"
         except (OSError, ValueError) as e:
-            raise ResourceError(f"{self.folder / where / 'config.json'} cannot be read: {e}", code="F065") from e
+            raise ResourceError(
+                f"{self.folder / where / 'config.json'} cannot be read: {e}", code="F065", hint=again
+            ) from e
         modes = [m for m in config if m.startswith("pooling_mode_") and config[m] is True]
         if modes == ["pooling_mode_mean_tokens"]:
             return "mean"

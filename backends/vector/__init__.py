@@ -78,24 +78,27 @@ def open_index(
     embedder: Embedder | Callable[[], Embedder] | None = None,
     *,
     name: str | None = None,
+    nprobe: int | None = None,
     verify: bool = False,
 ) -> IVFRetriever | BM25Retriever:
     """The index at `path`, mapped, not read: opening takes milliseconds whatever its size.
 
     Sizes of all files are always checked, their SHA-256 with `verify`. Without an embedder the one that the index was
-    made with is opened at the first search by text. Raises `ResourceError`: F061 no index there, F062 damaged, F063 the
+    made with is opened at the first search by text. `nprobe` stands in for the index's own. Raises `ResourceError`: F061 no index there, F062 damaged, F063 the
     embedder is another one than the index was made with.
     """
     try:
         from .store import read_manifest
 
-        for attempt in range(3):
+        for attempt in range(10):
             manifest = read_manifest(path)
             try:
-                return _open(path, manifest, embedder, name, verify)
+                return _open(path, manifest, embedder, name, nprobe, verify)
             except ResourceError as e:
-                # A build may have replaced the index between the two reads; then the manifest has moved on.
-                if e.code != "F062" or attempt == 2 or read_manifest(path).generation == manifest.generation:
+                # A build may have replaced the index between the two reads: then the manifest has moved on (or, after
+                # two builds, is back where it was). What does not move is damaged.
+                same = attempt > 0 and read_manifest(path).generation == manifest.generation
+                if e.code != "F062" or attempt == 9 or same:
                     raise
         raise AssertionError("unreachable")
     except ImportError as e:
@@ -107,6 +110,7 @@ def _open(
     manifest: Manifest,
     embedder: Embedder | Callable[[], Embedder] | None,
     name: str | None,
+    nprobe: int | None,
     verify: bool,
 ) -> IVFRetriever | BM25Retriever:
     if manifest.kind == "bm25":
@@ -119,7 +123,8 @@ def _open(
 
     assert manifest.embedder is not None
     spec = manifest.embedder.spec
-    return IVFRetriever(path, manifest, embedder or (lambda: open_embedder(spec)), name=name, verify=verify)
+    embedder = embedder or (lambda: open_embedder(spec))
+    return IVFRetriever(path, manifest, embedder, name=name, nprobe=nprobe, verify=verify)
 
 
 def index_info(

@@ -7,6 +7,7 @@ once at build time, so that a search only adds up (Lin et al. call such a list i
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import threading
@@ -116,15 +117,19 @@ class BM25Retriever:
         self.path = Path(path)
         self.name = name or self.path.name
         self.manifest = manifest
+        self.nprobe = 1  # there are no lists to choose from; here so that every index has it
         self._closed = False
         self._lock = threading.Lock()
         self._terms: dict[str, int] | None = None
-        self._folder = check_files(self.path, manifest, verify=verify)
+        folder = check_files(self.path, manifest, verify=verify)
         try:
             self._starts, self._docs, self._weights = (
-                np.load(self._folder / f"{n}.npy", mmap_mode="r" if manifest.count else None, allow_pickle=False)
-                for n in ("starts", "docs", "weights")
+                np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in ("starts", "docs", "weights")
             )
+            # Every file is opened here, so that a build that replaces the index does not take one away later.
+            with (folder / "terms.txt").open("rb") as stream:
+                size = os.fstat(stream.fileno()).st_size
+                self._words = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if size else None
         except (OSError, ValueError, EOFError) as e:
             raise damaged(self.path, f"its word lists cannot be opened ({e})") from e
         if len(self._docs) != len(self._weights) or not len(self._starts) or self._starts[-1] != len(self._docs):
@@ -169,8 +174,8 @@ class BM25Retriever:
         with self._lock:
             if self._terms is None:
                 try:
-                    text = (self._folder / "terms.txt").read_text("utf-8")
-                except (OSError, UnicodeDecodeError) as e:
+                    text = self._words[:].decode("utf-8") if self._words is not None else ""
+                except UnicodeDecodeError as e:
                     raise damaged(self.path, f"terms.txt cannot be read ({e})") from e
                 words = text.split("\n") if text else []
                 if len(words) + 1 != len(self._starts):

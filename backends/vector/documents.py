@@ -192,7 +192,7 @@ def _row(line: bytes, file: Path, number: int) -> Passage:
     where = Loc(str(file), number)
     form = 'one object a line: {"text": "...", "title": "...", "source": "...", "id": "..."}'
     try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as e:
         raise InputError(f"not UTF-8 (byte {e.start} of the line)", loc=where, hint=form) from e
     try:
@@ -325,13 +325,14 @@ class _HTML(html.parser.HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in _IMPLIED_END:
             self._close_implied(tag)
-        if tag in _BREAKS:
+        if tag in _BREAKS and tag not in ("td", "th"):  # cells wait for the end of their row
             self._flush()
         values = dict(attrs)
         if tag == "br":
             self._text.append("\n" if self._pre else " ")
-        if tag == "img" and not self._hidden and values.get("alt"):
-            self._text.append(f" {values['alt']} ")
+        alt = values.get("alt")
+        if tag == "img" and alt and not re.fullmatch(r"\S+\.\w{2,4}", alt):  # a file's name describes nothing
+            self._text.append(f" {alt} ")
         if tag not in _VOID:
             classes = (values.get("class") or "").split()
             hides = tag in _HIDDEN or "hidden" in values or any(_HIDDEN_CLASS.fullmatch(c) for c in classes)
@@ -453,7 +454,6 @@ _INLINE: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"</?[a-zA-Z][^<>]*>"), ""),
     (re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1"), r"\2"),
     (re.compile(r"(?<![\w*])\*(?=\S)([^*]+?)(?<=\S)\*(?![\w*])"), r"\1"),
-    (re.compile(r"\\([!-/:-@\[-`{-~])"), r"\1"),
 )
 
 
@@ -546,11 +546,11 @@ def _markdown_blocks(lines: list[str]) -> Iterator[Block]:
 def _inline(text: str) -> str:
     kept: list[str] = []
 
-    def keep(found: re.Match[str]) -> str:  # code spans are text as they stand: no emphasis, no escapes inside
-        kept.append(found[2].strip())
+    def keep(found: re.Match[str]) -> str:  # code spans and escaped marks are text as they stand
+        kept.append(found[2].strip() if found[1] else found[3])
         return f"\0{len(kept) - 1}\0"
 
-    text = re.sub(r"(`+)(.+?)(?<!`)\1(?!`)", keep, text)
+    text = re.sub(r"(?<!\\)(`+)(.+?)(?<!`)\1(?!`)|\\([!-/:-@\[-`{-~])", keep, text.replace("\0", ""))
     for pattern, new in _INLINE:
         text = pattern.sub(new, text)
     text = re.sub("\0(\\d+)\0", lambda m: kept[int(m[1])], text)
@@ -565,7 +565,7 @@ def parse_text(text: str, fallback_title: str = "") -> Page:
 
 # ------------------------------------------------------------------------------------------------ passages
 _TINY = 12  # words: less than this is a remark that belongs to what stands next to it
-_SENTENCE = re.compile(r"(?<=[.!?…])[\"')\]]*\s+(?=[\"'(\[]*[A-Z0-9])|(?<=[。！？])")
+_SENTENCE = re.compile(r"(?:(?<=[.!?…])|(?<=[.!?…][\"')\]”’]))\s+(?=[\"'(\[“‘]*[A-Z0-9])|(?<=[。！？])")
 
 
 def split_page(page: Page, source: str, *, words: int = WORDS) -> list[Passage]:

@@ -405,11 +405,16 @@ class IVFRetriever:
         embedder: Embedder | Callable[[], Embedder],
         *,
         name: str | None = None,
+        nprobe: int | None = None,
         verify: bool = False,
     ) -> None:
         self.path = Path(path)
         self.name = name or self.path.name
         self.manifest = manifest
+        error = check_request(SearchRequest("", 1, nprobe))
+        if error is not None:
+            raise error
+        self.nprobe = nprobe or manifest.nprobe  # what a request without its own takes
         self._make: Callable[[], Embedder] | None = None
         self._embedder: Embedder | None = None
         if callable(embedder) and not hasattr(embedder, "embed"):
@@ -493,7 +498,7 @@ class IVFRetriever:
                 good.append((n, vector))
         if good:
             try:
-                nprobes = [min(requests[n].nprobe or self.manifest.nprobe, self.manifest.nlist) for n, _ in good]
+                nprobes = [min(requests[n].nprobe or self.nprobe, self.manifest.nlist) for n, _ in good]
                 found = self.lists.search(np.stack([v for _, v in good]), [requests[n].k for n, _ in good], nprobes)
             except FlowcError as e:
                 found = []
@@ -523,7 +528,7 @@ class IVFRetriever:
             )
         if not np.isfinite(queries).all():
             raise ResourceError("a query vector holds NaN or infinity", code="F063", hint="look at what embedded it")
-        probes = min(nprobe or self.manifest.nprobe, self.manifest.nlist)
+        probes = min(nprobe or self.nprobe, self.manifest.nlist)
         k = min(k, self.manifest.count)
         rows = self.lists.search(queries, [k] * len(queries), [probes] * len(queries))
         scores = np.array([row[0] for row in rows], dtype=np.float32).reshape(-1, k)

@@ -207,12 +207,11 @@ class PassageStore:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._path = path
         folder = path / manifest.generation
-        self._file: IO[bytes] | None = None
         self._map: mmap.mmap | None = None
         try:
             self._offsets = np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
-            self._file = (folder / "passages.jsonl").open("rb")
-            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+            with (folder / "passages.jsonl").open("rb") as stream:
+                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError, EOFError) as e:
             self.close()
             raise damaged(path, f"its passages cannot be opened ({e})") from e
@@ -246,9 +245,6 @@ class PassageStore:
         if self._map is not None:
             self._map.close()
             self._map = None
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
 
 # ------------------------------------------------------------------------------------------------ writing
