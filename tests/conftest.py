@@ -16,6 +16,8 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+pytest_plugins = ["tests.flowfile", "pytester"]  # cases of passes in .flow files; `pytester` runs pytest on itself
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # A busy machine is not a failing program: no deadlines. The blob in a failure's output repeats it exactly.
