@@ -1,0 +1,1020 @@
+"""The driver: runs programs' instructions, and hands to lanes, tasks and threads what has to wait.
+
+One driver belongs to one thread or one event loop and runs any number of programs. It holds no task, no lock and no
+object per instruction: `advance` sweeps over a region's instructions in program order and runs each on the spot while nothing
+is open. What has to wait is left open, what needs it is passed over and counted, and the sweep goes on. When an open
+instruction completes, those whose count reaches zero run. Regions inside regions and calls are walked by the same loop, without
+Python's stack, so depth costs memory only.
+
+Of several instructions that fail in one region, the first in program order wins, once nothing before it is open: until
+then a failure only stops what comes after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import copy_context
+from heapq import heapify, heappop, heappush
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flowc.ir.errors import OperationTypeError, ProgramTimeoutError, RunError
+from flowc.ir.values import Docs
+
+from .lanes import Answer, Lane, LoopLane, worker
+from .plan import (
+    CALL,
+    CALL0,
+    CALL1,
+    CALL2,
+    CALLN,
+    COROUTINE,
+    FOREACH,
+    IF,
+    INVOKE,
+    LANE,
+    SLOW_S,
+    TASK,
+    TOOL,
+    TRY,
+    WHILE,
+    ForeachNode,
+    InvokeNode,
+    LaneNode,
+    Pace,
+    Plan,
+    Target,
+    TaskNode,
+    WhileNode,
+)
+from .program import (
+    BODY,
+    CALLEE,
+    CONDITION,
+    HANDLER,
+    ITEM,
+    ITEMS,
+    NOTHING_OPEN,
+    NOTHING_READY,
+    PARALLEL_ITEM,
+    PLAIN,
+    ROOT,
+    CallItem,
+    Frame,
+    Handle,
+    LaneItem,
+    Program,
+)
+from .program import TRY as TRY_BODY
+from .pycode import loop_limit, while_handling
+from .reference import backoff_s, no_such_tool, node_timeout, recursion_limit
+from .requests import LANE_OF, label_of, make_request, read_answer, timeout_of
+from .trace import Trace, current
+from .tracebacks import blame, chain, clean
+
+if TYPE_CHECKING:
+    from .engine import Runtime
+
+_END = object()
+_AT_ONCE = frozenset({list, tuple, range, str, Docs, dict, set, frozenset})
+"""Types whose items can be taken all at once: iterating over them runs nobody's code."""
+
+_NOTED = frozenset({"tool", "invoke", "embed", "search", "rerank", "generate", "choose", "parse"})
+_OWN_FRAME = frozenset({"py", "fused", "template"})  # their code stands at the user's line already
+
+clock = time.perf_counter
+
+
+class Cancellable(Protocol):
+    def cancel(self) -> None: ...
+
+
+class _Timer:
+    __slots__ = ("call", "due_s", "number")
+
+    def __init__(self, due_s: float, number: int, call: Callable[[], None]) -> None:
+        self.due_s = due_s
+        self.number = number
+        self.call: Callable[[], None] | None = call
+
+    def __lt__(self, other: _Timer) -> bool:
+        return (self.due_s, self.number) < (other.due_s, other.number)
+
+    def cancel(self) -> None:
+        self.call = None
+
+    def fire(self) -> None:
+        call, self.call = self.call, None
+        if call is not None:
+            call()
+
+
+class Driver:
+    """Runs programs in one thread. Until it is given a loop it needs none: it waits on a queue."""
+
+    def __init__(self, runtime: Runtime, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        self.runtime = runtime
+        self.loop = loop
+        self.active: dict[int, Program] = {}
+        self.after_turn: Callable[[], None] | None = None
+        self._outbox: dict[Lane, list[LaneItem]] = {}
+        self._loop_lanes: dict[Lane, LoopLane] = {}
+        self._unstarted: list[CallItem] = []  # coroutines that wait for a loop
+        self._inbox: deque[list[Answer] | Callable[[], None]] = deque()
+        self._bell: SimpleQueue[None] = SimpleQueue()
+        self._is_rung = False
+        self._timers: list[_Timer] = []
+        self._timer_count = 0
+        self._is_turning = False
+        self._has_flush = False
+
+    # -- programs
+    def start(
+        self,
+        plan: Plan,
+        args: Iterable[Any],
+        *,
+        timeout_s: float | None = None,
+        trace: Trace | None = None,
+        on_done: Callable[[Program], None] | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Program:
+        """A new program, with everything run that can run at once."""
+        program = Program(self, plan, self.runtime.next_program(), trace)
+        function = plan.entry
+        slots = function.slots.copy()
+        values = tuple(args)
+        if len(values) != function.n_params:
+            raise TypeError(f"workflow {plan.name} takes {function.n_params} value(s), not {len(values)}")
+        slots[: len(values)] = values
+        root = program.root = Frame(program, function.block, slots, None, 0, ROOT, None, 1, True)
+        program.on_done = on_done
+        program.on_text = on_text
+        program.started_s = self.now()
+        if timeout_s is not None:
+            program.timeout_s = timeout_s
+            program.deadline_s = self.now() + timeout_s
+            program.timer = self.call_later(timeout_s, lambda: self._program_timed_out(program))
+        self.active[program.id] = program
+        if trace is not None:
+            trace.program_started(program)
+        if self.loop is not None:
+            program.context = copy_context()
+        try:
+            self.advance(root)
+        except BaseException:
+            self.cancel(program, RunError("interrupted"))
+            raise
+        return program
+
+    def cancel(self, program: Program, error: BaseException) -> None:
+        """Ends a program now: everything open is cancelled and its value is of no interest any more."""
+        if program.is_done:
+            return
+        if program.root is not None:
+            _cancel(program.root)
+        self._finish(program, None, error)
+
+    def cancel_all(self, error: BaseException) -> None:
+        for program in list(self.active.values()):
+            self.cancel(program, error)
+
+    def _finish(self, program: Program, value: Any, error: BaseException | None) -> None:
+        program.is_done = True
+        program.value = value
+        program.error = error
+        program.root = None
+        if program.timer is not None:
+            program.timer.cancel()
+            program.timer = None
+        self.active.pop(program.id, None)
+        if program.trace is not None:
+            program.trace.program_ended(program, error)
+        if program.on_done is not None:
+            program.on_done(program)
+
+    def _program_timed_out(self, program: Program) -> None:
+        seconds = program.timeout_s
+        loc = program.plan.graph.loc
+        self.cancel(
+            program,
+            ProgramTimeoutError(f"workflow {program.plan.name} took longer than its timeout of {seconds:g} s", loc=loc),
+        )
+
+    # -- time
+    def now(self) -> float:
+        return self.loop.time() if self.loop is not None else time.monotonic()
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> Cancellable:
+        if self.loop is not None:
+            return self.loop.call_later(delay_s, self._on_timer, call)
+        self._timer_count += 1
+        timer = _Timer(time.monotonic() + delay_s, self._timer_count, call)
+        heappush(self._timers, timer)
+        return timer
+
+    def _on_timer(self, call: Callable[[], None]) -> None:
+        call()
+        self.end_turn()
+
+    # -- messages from other threads
+    def post(self, message: list[Answer] | Callable[[], None]) -> None:
+        """Gives answers, or a call to make, to the driver's thread. From any thread; one wake-up for many messages."""
+        self._inbox.append(message)
+        if not self._is_rung:
+            self._is_rung = True
+            self._ring()
+
+    def _ring(self) -> None:
+        loop = self.loop
+        if loop is None:
+            self._bell.put(None)
+            return
+        try:
+            loop.call_soon_threadsafe(self._on_bell)
+        except RuntimeError:  # the loop is closed: nobody waits for an answer any more
+            self._inbox.clear()
+
+    def _on_bell(self) -> None:
+        self._read_inbox()
+        self.end_turn()
+
+    def _read_inbox(self) -> None:
+        self._is_rung = False  # before reading: what comes from here on rings again
+        inbox = self._inbox
+        frames: list[Frame] = []
+        while inbox:
+            message = inbox.popleft()
+            if callable(message):
+                message()
+            else:
+                for item, ok, value in message:
+                    frame = self.settle_handle(item, ok, value)
+                    if frame is not None:
+                        frames.append(frame)
+        for frame in frames:
+            self._run(frame)
+
+    def deliver(self, answers: list[Answer]) -> None:
+        """Answers from within the driver's own thread."""
+        frames = [self.settle_handle(item, ok, value) for item, ok, value in answers]
+        for frame in frames:
+            if frame is not None:
+                self._run(frame)
+        self.end_turn()
+
+    def _run(self, frame: Frame) -> None:
+        if frame.dead:
+            return
+        context = frame.program.context
+        if context is None:
+            self.advance(frame)
+        else:
+            context.run(self.advance, frame)
+
+    def end_turn(self) -> None:
+        """After everything that could run has run: admit more programs, then send what has gathered for the lanes."""
+        if self.after_turn is not None:
+            self.after_turn()
+        if self._outbox and not self._has_flush:
+            loop = self.loop
+            if loop is None:
+                self.flush()
+            else:  # other programs of this loop may be about to run: let them add to the wavefront
+                self._has_flush = True
+                loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        self._has_flush = False
+        outbox, self._outbox = self._outbox, {}
+        for lane, items in outbox.items():
+            alive = [item for item in items if not item.dead]
+            if not alive:
+                continue
+            if lane.is_async:
+                if self.loop is None:
+                    self._outbox[lane] = alive
+                    continue
+                if lane not in self._loop_lanes:
+                    self._loop_lanes[lane] = LoopLane(lane, self.loop, self.deliver)
+                self._loop_lanes[lane].put(alive)
+            else:
+                try:
+                    lane.put(alive)
+                except RunError as e:
+                    for item in alive:
+                        self.post([(item, False, e)])
+
+    # -- waiting without a loop
+    def drive(self) -> None:
+        """Runs until no program is active. In the caller's thread; starts an event loop when something asynchronous turns up."""
+        self.end_turn()
+        while self.active:
+            if self._unstarted or self._outbox:
+                self._drive_in_loop()
+                return
+            wait_s = None
+            while self._timers:
+                timer = self._timers[0]
+                if timer.call is None:
+                    heappop(self._timers)
+                    continue
+                wait_s = timer.due_s - time.monotonic()
+                if wait_s > 0:
+                    break
+                heappop(self._timers)
+                timer.fire()
+                wait_s = 0.0
+            if not self._inbox:
+                try:
+                    if wait_s is None:
+                        self._bell.get()
+                    elif wait_s > 0:
+                        self._bell.get(timeout=wait_s)
+                except Empty:
+                    pass
+            self._read_inbox()
+            self.end_turn()
+
+    def _drive_in_loop(self) -> None:
+        loop = self.runtime.private_loop()
+        try:
+            loop.run_until_complete(self._adopt(loop))
+        finally:
+            self.cancel_all(RunError("interrupted"))
+            self.loop = None
+            left = asyncio.all_tasks(loop)
+            for task in left:
+                task.cancel()
+            if left:
+                loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+
+    async def _adopt(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Goes on inside a loop: what waited for one starts, timers move over, and bells ring there."""
+        done = loop.create_future()
+        after_turn = self.after_turn
+
+        def look() -> None:
+            if after_turn is not None:
+                after_turn()
+            if not self.active and not done.done():
+                done.set_result(None)
+
+        self.after_turn = look
+        self.loop = loop
+        for program in self.active.values():
+            program.context = copy_context()
+        timers, self._timers = self._timers, []
+        now = time.monotonic()
+        for timer in timers:
+            if timer.call is not None:
+                loop.call_later(max(0.0, timer.due_s - now), self._on_timer, timer.fire)
+        for program in self.active.values():
+            if program.deadline_s is not None:
+                program.deadline_s += loop.time() - now
+        unstarted, self._unstarted = self._unstarted, []
+        for item in unstarted:
+            if not item.dead:
+                self._start_task(item)
+        self._on_bell()
+        await done
+
+    # -- the inner loop
+    def advance(self, at: Frame | None) -> None:
+        """Runs a frame and whatever that leads to, until nothing more can run now."""
+        frame = at
+        if frame is not None and frame.program.trace is not None:
+            current.program = frame.program
+        while frame is not None:
+            program = frame.program
+            if program.is_done:
+                return
+            if program.deadline_s is not None and self.now() > program.deadline_s:
+                self._program_timed_out(program)
+                return
+            if frame.ret == ITEMS:
+                frame = self._advance_items(frame)
+                continue
+            block = frame.block
+            opened = frame.open
+            if opened and block.ordered:
+                frame = self._suspend(frame)
+                continue
+            ready = frame.ready
+            if ready:
+                i = heappop(ready)
+                stop = i + 1
+                sweeping = False
+            else:
+                i = frame.pc
+                stop = block.n
+                sweeping = True
+            code = frame.code
+            slots = frame.slots
+            waits = frame.waits
+            at = frame
+            try:
+                while i < stop:
+                    if waits is not None and waits[i]:
+                        opened[i] = None
+                        for s in block.successors[i]:
+                            waits[s] += 1
+                        i += 1
+                        continue
+                    kind, fn, a, b, out = code[i]
+                    i += 1
+                    if kind == CALL1:
+                        slots[out] = fn(slots[a])
+                        continue
+                    if kind == TOOL:
+                        if not b.is_slow or worker.is_pool:
+                            start = clock()
+                            slots[out] = fn(*a(slots))
+                            spent = clock() - start
+                            if spent > SLOW_S:
+                                b.note(spent)
+                                if program.deadline_s is not None:  # look whether it has passed
+                                    if sweeping:
+                                        frame.pc = i
+                                        break
+                            continue
+                        target = Target("", fn, False, b)
+                        handle: Any = CallItem(self, frame, i - 1, out, target, a(slots), {})
+                        if program.trace is not None:
+                            program.trace.queued(handle, label_of(block.ops[i - 1]), handle.where)
+                        self._call_in_thread(handle)
+                    elif kind == CALL2:
+                        slots[out] = fn(slots[a], slots[b])
+                        continue
+                    elif kind == CALLN:
+                        slots[out] = fn(*a(slots))
+                        continue
+                    elif kind == CALL0:
+                        slots[out] = fn()
+                        continue
+                    elif kind <= CALL:  # control flow: walk into a region
+                        if kind == IF:
+                            inner = fn.then if slots[a] else fn.orelse
+                            if not inner.n:
+                                slots[out] = inner.give(slots)
+                                continue
+                            tail = frame.tail and i - 1 in block.tails
+                            child = Frame(program, inner, slots, frame, i - 1, PLAIN, fn, frame.depth, tail)
+                        elif kind == WHILE:
+                            child = Frame(program, fn.cond, slots, frame, i - 1, CONDITION, fn, frame.depth, False)
+                            child.state = 0
+                            slots[fn.carried] = fn.inits(slots)
+                        elif kind == FOREACH:
+                            items = slots[a]
+                            if fn.is_parallel:
+                                at_once = type(items) in _AT_ONCE
+                                child = Frame(program, fn.body, slots, frame, i - 1, ITEMS, fn, frame.depth, False)
+                                items = list(items) if at_once else iter(items)
+                                child.state = [items, [], at_once]
+                                child.pc = 0
+                            else:
+                                iterator = iter(items)
+                                item = next(iterator, _END)
+                                lists: list[list[Any]] = [[] for _ in fn.lists]
+                                if item is _END:
+                                    slots[out] = [*fn.inits(slots), *lists]
+                                    continue
+                                slots[fn.carried] = fn.inits(slots)
+                                slots[fn.item] = item
+                                child = Frame(program, fn.body, slots, frame, i - 1, ITEM, fn, frame.depth, False)
+                                child.state = (iterator, lists)
+                        elif kind == TRY:
+                            child = Frame(program, fn.body, slots, frame, i - 1, TRY_BODY, fn, frame.depth, False)
+                        else:
+                            depth = frame.depth + 1
+                            if depth > recursion_limit():
+                                raise RecursionError("maximum recursion depth exceeded")
+                            callee = fn.function
+                            own = callee.slots.copy()
+                            given = fn.args(slots)
+                            own[: len(given)] = given
+                            tail = frame.tail and fn.is_tail
+                            child = Frame(program, callee.block, own, frame, i - 1, CALLEE, fn, depth, tail)
+                        if sweeping:
+                            frame.pc = i
+                        frame = child
+                        break
+                    else:
+                        handle = self._begin(kind, frame, i - 1, fn)
+                        if handle is None:
+                            continue
+                    # the instruction has to wait
+                    if opened is NOTHING_OPEN:
+                        opened = frame.open = {}
+                    opened[i - 1] = handle
+                    if sweeping:
+                        if block.ordered:
+                            frame.pc = i
+                            break
+                        if waits is None:
+                            waits = frame.waits = [0] * block.n
+                        for s in block.successors[i - 1]:
+                            waits[s] += 1
+                else:
+                    if sweeping:
+                        frame.pc = stop
+                        if not opened:
+                            frame = self._complete(frame)
+                            continue
+                    elif opened[i - 1] is None:  # it had waited for others and has now run
+                        _settle(frame, i - 1)
+                    if frame.ready or frame.pc < block.n:
+                        continue
+                    frame = self._suspend(frame) if frame.open else self._complete(frame)
+            except BaseException as error:
+                frame = self._op_failed(at, i - 1, error)
+
+    def _advance_items(self, frame: Frame) -> Frame | None:
+        """The frame that stands for all items of a `foreach` with slots of their own; each of its instructions is one item's body."""
+        node: ForeachNode = frame.node
+        items, results, at_once = frame.state
+        if frame.error is None and (at_once or not frame.open):
+            index = frame.pc
+            if at_once:
+                item = items[index] if index < len(items) else _END
+            else:
+                try:
+                    item = next(items, _END)
+                except BaseException as error:
+                    assert frame.parent is not None
+                    frame.dead = True
+                    return self._op_failed(frame.parent, frame.index, error)
+            if item is not _END:
+                frame.pc += 1
+                results.append(None)
+                body = node.body
+                assert body.slots is not None
+                slots = body.slots.copy()
+                outer = frame.slots
+                for source, own in body.captures:
+                    slots[own] = outer[source]
+                slots[node.item] = item
+                if body.n:
+                    return Frame(frame.program, body, slots, frame, index, PARALLEL_ITEM, node, frame.depth, False)
+                results[index] = slots
+                return frame
+        if frame.open:
+            return self._suspend(frame)
+        if frame.error is not None:
+            return self._fail(frame, frame.error_at, frame.error)
+        parent = frame.parent
+        assert parent is not None
+        lists: list[list[Any]] = [[] for _ in node.lists]
+        try:
+            for own in results:
+                for collected, slot in zip(lists, node.lists, strict=True):
+                    collected.extend(own[slot])
+        except BaseException as e:
+            frame.dead = True
+            return self._op_failed(parent, frame.index, e)
+        parent.slots[node.out] = lists
+        return _return_to(parent, frame)
+
+    def _suspend(self, frame: Frame) -> Frame | None:
+        """Leaves a frame that waits; gives the parent, which goes on with what does not need it."""
+        if frame.told:
+            return None
+        frame.told = True
+        parent = frame.parent
+        if parent is None:
+            return None
+        index = frame.index
+        opened = parent.open
+        if opened is NOTHING_OPEN:
+            opened = parent.open = {}
+        known = index in opened
+        opened[index] = frame
+        if not known and not parent.block.ordered and parent.ret != ITEMS:
+            waits = parent.waits
+            if waits is None:
+                waits = parent.waits = [0] * parent.block.n
+            for s in parent.block.successors[index]:
+                waits[s] += 1
+        return parent
+
+    def _complete(self, frame: Frame) -> Frame | None:
+        """Nothing of a region is open any more: what comes next."""
+        if frame.error is not None:
+            return self._fail(frame, frame.error_at, frame.error)
+        ret = frame.ret
+        slots = frame.slots
+        parent = frame.parent
+        if parent is None:
+            frame.dead = True
+            self._finish(frame.program, frame.block.give(slots)[0], None)
+            return None
+        node = frame.node
+        try:
+            if ret == CONDITION:
+                if not slots[node.condition]:
+                    slots[node.out] = slots[node.carried]
+                    return _return_to(parent, frame)
+                if frame.state >= node.limit:
+                    op = parent.block.ops[frame.index]
+                    raise loop_limit(node.limit, op.loc, parent.block.workflow)
+                frame.state += 1
+                slots[node.body_in] = slots[node.carried]
+                return self._again(frame, node.body, BODY)
+            if ret == BODY:
+                going_on = slots[node.go_on]
+                slots[node.carried] = node.following(slots)
+                if not going_on:
+                    slots[node.out] = slots[node.carried]
+                    return _return_to(parent, frame)
+                return self._again(frame, node.cond, CONDITION)
+            if ret == ITEM:
+                iterator, lists = frame.state
+                for collected, slot in zip(lists, node.lists):  # noqa: B905 - the plan made them equal
+                    collected.extend(slots[slot])
+                going_on = node.go_on is None or slots[node.go_on]
+                slots[node.carried] = node.following(slots)
+                if going_on:
+                    item = next(iterator, _END)
+                    if item is not _END:
+                        slots[node.item] = item
+                        return self._again(frame, node.body, ITEM)
+                slots[node.out] = [*slots[node.carried], *lists]
+                return _return_to(parent, frame)
+            if ret == PARALLEL_ITEM:
+                parent.state[1][frame.index] = slots
+                return _return_to(parent, frame)
+            if ret == CALLEE:
+                parent.slots[node.out] = frame.block.give(slots)[0]
+                return _return_to(parent, frame)
+            parent.slots[node.out] = frame.block.give(slots)
+            return _return_to(parent, frame)
+        except BaseException as error:
+            frame.dead = True
+            return self._op_failed(parent, frame.index, error)
+
+    def _again(self, frame: Frame, block: Any, ret: int) -> Frame:
+        """The same frame for a loop's next region."""
+        if frame.block is not block:
+            frame.block = block
+            frame.code = Frame.code_of(frame.program, block)
+        frame.ret = ret
+        frame.pc = 0
+        if frame.open is not NOTHING_OPEN:
+            frame.open = NOTHING_OPEN
+            frame.waits = None
+            frame.ready = NOTHING_READY
+        return frame
+
+    # -- failures
+    def _op_failed(self, frame: Frame, index: int, error: BaseException) -> Frame | None:
+        """An instruction raised: puts its line into the traceback and looks what that means."""
+        block = frame.block
+        op = block.ops[index]
+        if op.name in _OWN_FRAME:
+            clean(error)
+        else:
+            blame(error, label_of(op) if op.name in _NOTED else None, op.loc, block.frame_of(op), block.workflow)
+        return self._fail(frame, index, error)
+
+    def _fail(self, frame: Frame, index: int, error: BaseException) -> Frame | None:
+        while True:
+            opened = frame.open
+            if opened:
+                opened.pop(index, None)
+            if frame.error is None or index < frame.error_at:
+                frame.error, frame.error_at = error, index
+            frame.pc = max(frame.block.n, frame.pc) if frame.ret != ITEMS else frame.pc
+            at = frame.error_at
+            if opened:
+                for later in [j for j in opened if j > at]:
+                    handle = opened.pop(later)
+                    if handle is not None:
+                        _cancel(handle)
+                if frame.ready:
+                    frame.ready = [j for j in frame.ready if j < at]
+                    heapify(frame.ready)
+                if opened:
+                    return frame  # something before it is open and may still fail itself
+            error = frame.error
+            frame.dead = True
+            parent = frame.parent
+            if parent is None:
+                self._finish(frame.program, None, error)
+                return None
+            ret = frame.ret
+            if ret == TRY_BODY:
+                node = frame.node
+                try:
+                    chosen = node.match(error, *node.operands(frame.slots))
+                except BaseException as e:
+                    clean(e)
+                    error, chosen = e, -1
+                if chosen >= 0:
+                    slots = frame.slots
+                    slots[node.errors[chosen]] = error
+                    handler = Frame(
+                        frame.program,
+                        node.handlers[chosen],
+                        slots,
+                        parent,
+                        frame.index,
+                        HANDLER,
+                        node,
+                        frame.depth,
+                        False,
+                    )
+                    handler.state = error
+                    handler.told = frame.told
+                    if frame.told:
+                        parent.open[frame.index] = handler
+                    return handler
+            elif ret == HANDLER:
+                if error is not frame.state:
+                    chain(error, frame.state)
+            elif ret == CALLEE:
+                op = parent.block.ops[frame.index]
+                blame(error, None, op.loc, parent.block.frame_of(op), parent.block.workflow)
+            index = frame.index
+            frame = parent
+
+    # -- what waits
+    def _begin(self, kind: int, frame: Frame, index: int, node: Any) -> Handle | None:
+        """Starts an instruction that may wait; None if it is done already."""
+        if kind == LANE:
+            return self._enqueue(frame, index, node)
+        slots = frame.slots
+        kwargs: dict[str, Any] = {}
+        target: Target
+        if kind == INVOKE:
+            target, kwargs = _invoked(node, slots)
+            args: Any = ()
+            if node.handling is not None and not target.is_async:
+                fn = while_handling(target.fn)
+                args = (slots[node.handling],)
+                target = Target(target.name, fn, False, target.pace, target.thread, target.timeout_s, target.retries)
+        else:
+            target, args = node.target, node.args(slots)
+        item = CallItem(self, frame, index, node.out, target, args, kwargs)
+        trace = frame.program.trace
+        if trace is not None:
+            trace.queued(item, label_of(frame.block.ops[index]), item.where)
+        if target.is_async:
+            item.task = target.fn(*args, **kwargs)
+            self._watch(item, target.timeout_s)
+            self._start_task(item)
+            return item
+        in_thread = target.thread is True or target.timeout_s is not None or target.pace.is_slow
+        if target.thread is False or worker.is_pool or not in_thread:
+            if self._call_here(item):
+                if trace is not None:
+                    item.note_end("finished")
+                return None
+            return item
+        self._watch(item, target.timeout_s)
+        self._call_in_thread(item)
+        return item
+
+    def _call_here(self, item: CallItem) -> bool:
+        """Calls in this thread. False if it failed and will be tried again."""
+        target = item.target
+        start = clock()
+        try:
+            value = target.fn(*item.args, **item.kwargs)
+        except Exception:
+            if item.attempt >= target.retries:
+                raise
+            self._retry(item)
+            return False
+        spent = clock() - start
+        if spent > SLOW_S:
+            target.pace.note(spent)
+        item.frame.slots[item.out] = value
+        return True
+
+    def _watch(self, handle: Handle, timeout_s: float | None) -> None:
+        if timeout_s is not None:
+            handle.timer = self.call_later(timeout_s, lambda: self._node_timed_out(handle, timeout_s))
+
+    def _node_timed_out(self, handle: Handle, timeout_s: float) -> None:
+        if handle.dead:
+            return
+        handle.timer = None
+        handle.cancel()
+        frame = handle.frame
+        op = frame.block.ops[handle.index]
+        after = self._op_failed(frame, handle.index, node_timeout(label_of(op), timeout_s, op))
+        if after is not None:
+            self._run(after)
+
+    def _enqueue(self, frame: Frame, index: int, node: LaneNode) -> LaneItem:
+        slots = frame.slots
+        options: Mapping[str, Any] = node.options
+        if node.dynamic:
+            options = {**options, **{name: slots[slot] for name, slot in node.dynamic}}
+        kind = node.kind
+        request = make_request(kind, node.operands(slots), options)
+        lane = self.runtime.lane(LANE_OF[kind], node.resource)
+        item = LaneItem(self, frame, index, node, lane, request, lane.key(kind, request))
+        program = frame.program
+        if node.is_tail and frame.tail and program.on_text is not None:
+            item.on_text = program.on_text
+        timeout = options.get("timeout")
+        if timeout is not None:
+            self._watch(item, timeout_of(timeout))
+        if program.trace is not None:
+            program.trace.queued(item, node.label, lane.label)
+        waiting = self._outbox.get(lane)
+        if waiting is None:
+            self._outbox[lane] = [item]
+        else:
+            waiting.append(item)
+        return item
+
+    def _start_task(self, item: CallItem) -> None:
+        """Turns an item's coroutine into a task of the loop, if there is one yet."""
+        loop = self.loop
+        if loop is None:
+            self._unstarted.append(item)
+            return
+        awaitable = item.task
+        if inspect.iscoroutine(awaitable):
+            context = item.frame.program.context
+            task: Any = loop.create_task(awaitable, context=context)
+        else:
+            task = asyncio.ensure_future(awaitable, loop=loop)
+        item.task = task
+        if item.frame.program.trace is not None:
+            item.started_s = self.now()
+        task.add_done_callback(lambda done: self._task_done(item, done))
+
+    def _task_done(self, item: CallItem, task: asyncio.Future[Any]) -> None:
+        if item.dead:
+            if not task.cancelled():
+                task.exception()  # looked at, so that nobody is told that it was not
+            return
+        item.task = None
+        if task.cancelled():
+            frame = self.settle_handle(item, False, asyncio.CancelledError())
+        elif (error := task.exception()) is not None:
+            frame = self.settle_handle(item, False, error)
+        else:
+            frame = self.settle_handle(item, True, task.result())
+        if frame is not None:
+            self._run(frame)
+        self.end_turn()
+
+    def _call_in_thread(self, item: CallItem) -> None:
+        target = item.target
+        context = copy_context()
+
+        def job() -> None:
+            if item.dead:
+                return
+            start = clock()
+            item.started_s = item.driver.now()
+            try:
+                answer: Answer = (item, True, context.run(target.fn, *item.args, **item.kwargs))  # type: ignore[assignment]
+            except BaseException as e:
+                answer = (item, False, e)  # type: ignore[assignment]
+            item.ended_s = item.driver.now()
+            target.pace.note(clock() - start)
+            item.driver.post([answer])
+
+        self.runtime.pool.submit(job)
+
+    def _retry(self, item: CallItem) -> None:
+        delay_s = backoff_s(item.attempt)
+        item.attempt += 1
+        self.call_later(delay_s, lambda: self._try_again(item))
+
+    def _try_again(self, item: CallItem) -> None:
+        if item.dead:
+            return
+        target = item.target
+        error: BaseException | None = None
+        try:
+            if target.is_async:
+                item.task = target.fn(*item.args, **item.kwargs)
+                self._start_task(item)
+                return
+            if target.thread is True or target.timeout_s is not None or target.pace.is_slow:
+                self._call_in_thread(item)
+                return
+            if not self._call_here(item):
+                return
+            value = item.frame.slots[item.out]
+        except BaseException as e:
+            error = e
+        frame = self.settle_handle(item, error is None, value if error is None else error)
+        if frame is not None:
+            self._run(frame)
+
+    def settle_handle(self, handle: Handle, ok: bool, value: Any) -> Frame | None:
+        """Takes the answer to something open; gives the frame that may go on."""
+        if handle.dead:
+            return None
+        frame = handle.frame
+        if type(handle) is LaneItem:
+            if ok:
+                try:
+                    value = read_answer(handle.node.kind, handle.request, value, handle.node.model)
+                except BaseException as e:
+                    ok, value = False, e
+        elif (
+            not ok
+            and isinstance(handle, CallItem)
+            and handle.attempt < handle.target.retries
+            and isinstance(value, Exception)
+        ):
+            self._retry(handle)
+            return None
+        handle.dead = True
+        if handle.timer is not None:
+            handle.timer.cancel()
+            handle.timer = None
+        if frame.program.trace is not None:
+            handle.note_end("finished" if ok else "failed")
+        if not ok:
+            return self._op_failed(frame, handle.index, value)
+        frame.slots[handle.out] = value
+        _settle(frame, handle.index)
+        return frame
+
+
+def _settle(frame: Frame, index: int) -> None:
+    """An open instruction is done: what waited for it alone is ready."""
+    del frame.open[index]
+    block = frame.block
+    if block.ordered or frame.ret == ITEMS:
+        return
+    waits = frame.waits
+    assert waits is not None
+    swept = frame.pc
+    for s in block.successors[index]:
+        waits[s] -= 1
+        if not waits[s] and s < swept and (frame.error is None or s < frame.error_at):
+            if frame.ready is NOTHING_READY:
+                frame.ready = []
+            heappush(frame.ready, s)
+
+
+def _return_to(parent: Frame, child: Frame) -> Frame:
+    """The child's instruction in its parent is done."""
+    child.dead = True
+    if child.index in parent.open:
+        _settle(parent, child.index)
+    return parent
+
+
+def _cancel(handle: Any) -> None:
+    """Cancels what an instruction waits for, however deep."""
+    stack = [handle]
+    while stack:
+        one = stack.pop()
+        if isinstance(one, Frame):
+            one.dead = True
+            stack.extend(h for h in one.open.values() if h is not None)
+        else:
+            one.cancel()
+
+
+def _invoked(node: InvokeNode, slots: list[Any]) -> tuple[Target, dict[str, Any]]:
+    name, arguments = slots[node.name], slots[node.arguments]
+    target = node.targets.get(name) if isinstance(name, str) else None
+    if target is None:
+        raise no_such_tool(name, tuple(node.targets))
+    if not isinstance(arguments, Mapping):
+        raise OperationTypeError(f"the arguments of tool {name!r} must be a mapping, not {type(arguments).__name__}")
+    return target, dict(arguments)
+
+
+def in_other_thread(call: Callable[[], Any], interrupt: Callable[[], None], name: str) -> Any:
+    """The value of `call`, run in a thread of its own in a copy of this context; on an interrupt it is told to end."""
+    box: list[tuple[bool, Any]] = []
+    context = copy_context()
+
+    def work() -> None:
+        try:
+            box.append((True, context.run(call)))
+        except BaseException as e:
+            box.append((False, e))
+
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        interrupt()
+        raise
+    ok, value = box[0]
+    if not ok:
+        raise value
+    return value
+
+
+__all__ = ["COROUTINE", "TASK", "Driver", "Pace", "TaskNode", "WhileNode", "in_other_thread"]

@@ -1,0 +1,567 @@
+"""The runtime: what the facade talks to. One per process is usual; it owns the lanes, the thread pool and the drivers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any
+
+from flowc.ir.errors import RunError
+
+from .driver import Driver, in_other_thread
+from .lanes import Answer, Lane, ThreadPool
+from .plan import Plan
+from .program import LaneItem, Outcome, Program
+from .reference import Resources, find_backend
+from .requests import LANE_OF, make_request, read_answer
+from .trace import Trace
+from .tracebacks import clean
+
+__all__ = ["Outcome", "Resources", "Runtime"]
+
+_KINDS = {"llm": ("generate", "choose"), "search": ("search",), "embed": ("embed",), "rerank": ("rerank",)}
+
+
+class _ThreadLoop(threading.local):
+    loop: asyncio.AbstractEventLoop | None = None
+
+
+class Runtime:
+    """Runs plans over backends. Thread-safe; use as a context manager or `close` it.
+
+    `resources` is asked for each backend once, when the first operation needs it. `io_threads` bounds how many synchronous
+    tools run at once outside the driver's thread. `trace` records every run that names no trace of its own.
+    """
+
+    def __init__(
+        self, resources: Resources, *, trace: Trace | None = None, io_threads: int = 64, name: str = "flowc"
+    ) -> None:
+        self.resources = resources
+        self.trace = trace
+        self.name = name
+        self.pool = ThreadPool(io_threads, name)
+        self._lanes: dict[tuple[str, str], Lane] = {}
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._drivers: dict[asyncio.AbstractEventLoop, Driver] = {}
+        self._thread_loop = _ThreadLoop()
+        self._loops: list[asyncio.AbstractEventLoop] = []
+        self._running: set[Driver] = set()
+        self._is_closed = False
+
+    # -- one program
+    def run(
+        self, plan: Plan, args: Sequence[Any], *, timeout_s: float | None = None, trace: Trace | None = None
+    ) -> Any:
+        """The workflow's value. Works in the caller's thread, or blocks on another one if an event loop runs in this one."""
+        try:
+            return self._run(plan, args, timeout_s, trace, None)
+        except BaseException as error:
+            clean(error)
+            raise
+
+    def _run(
+        self,
+        plan: Plan,
+        args: Sequence[Any],
+        timeout_s: float | None,
+        trace: Trace | None,
+        on_text: Callable[[str], None] | None,
+    ) -> Any:
+        driver = self._new_driver()
+        if _has_running_loop():
+            call = lambda: self._drive(driver, plan, args, timeout_s, trace, on_text)  # noqa: E731
+            return in_other_thread(call, lambda: self._interrupt(driver), f"{self.name}-run")
+        return self._drive(driver, plan, args, timeout_s, trace, on_text)
+
+    def _drive(
+        self,
+        driver: Driver,
+        plan: Plan,
+        args: Sequence[Any],
+        timeout_s: float | None,
+        trace: Trace | None,
+        on_text: Callable[[str], None] | None,
+    ) -> Any:
+        program = driver.start(plan, args, timeout_s=timeout_s, trace=trace or self.trace, on_text=on_text)
+        if not program.is_done:
+            self._drive_to_end(driver)
+        if program.error is not None:
+            raise program.error
+        return program.value
+
+    def _drive_to_end(self, driver: Driver) -> None:
+        self._running.add(driver)
+        try:
+            driver.drive()
+        finally:
+            driver.cancel_all(RunError("interrupted"))
+            self._running.discard(driver)
+
+    def _new_driver(self) -> Driver:
+        if self._is_closed:
+            raise RunError("the runtime is closed")
+        return Driver(self)
+
+    def _interrupt(self, driver: Driver) -> None:
+        driver.post(lambda: driver.cancel_all(RunError("interrupted")))
+
+    async def run_async(
+        self, plan: Plan, args: Sequence[Any], *, timeout_s: float | None = None, trace: Trace | None = None
+    ) -> Any:
+        """The workflow's value, run inside the running loop. Cancelling the awaiting task cancels the program at once."""
+        try:
+            return await self._run_async(plan, args, timeout_s, trace, None)
+        except BaseException as error:
+            clean(error)
+            raise
+
+    async def _run_async(
+        self,
+        plan: Plan,
+        args: Sequence[Any],
+        timeout_s: float | None,
+        trace: Trace | None,
+        on_text: Callable[[str], None] | None,
+    ) -> Any:
+        loop = asyncio.get_running_loop()
+        driver = self._loop_driver(loop)
+        done: asyncio.Future[None] | None = None
+
+        def on_done(_: Program) -> None:
+            if done is not None and not done.done():
+                done.set_result(None)
+
+        program = driver.start(
+            plan, args, timeout_s=timeout_s, trace=trace or self.trace, on_done=on_done, on_text=on_text
+        )
+        if not program.is_done:
+            driver.end_turn()
+            done = loop.create_future()
+            try:
+                await done
+            except BaseException:
+                driver.cancel(program, RunError("interrupted"))
+                raise
+            finally:
+                self._release(driver)
+        else:
+            self._release(driver)
+        if program.error is not None:
+            raise program.error
+        return program.value
+
+    def _loop_driver(self, loop: asyncio.AbstractEventLoop) -> Driver:
+        """The one driver of a loop; it is forgotten when it has no programs, so that it keeps no loop alive."""
+        driver = self._drivers.get(loop)
+        if driver is None:
+            driver = self._drivers[loop] = self._new_driver()
+            driver.loop = loop
+        return driver
+
+    def _release(self, driver: Driver) -> None:
+        if not driver.active and driver.loop is not None:
+            self._drivers.pop(driver.loop, None)
+
+    # -- many programs
+    def map(
+        self,
+        plan: Plan,
+        inputs: Iterable[Sequence[Any]],
+        *,
+        concurrency: int = 64,
+        timeout_s: float | None = None,
+        on_done: Callable[[int, Outcome], None] | None = None,
+        trace: Trace | None = None,
+    ) -> list[Outcome]:
+        """What became of each input, in order. At most `concurrency` programs are in flight; inputs are drawn as they are needed.
+
+        One program's error is its own outcome and nobody else's. After a KeyboardInterrupt those that had finished have
+        been told to `on_done`, and are in the interrupt's attribute `outcomes` (index -> Outcome).
+        """
+        driver = self._new_driver()
+        feed = _Feed(driver, plan, inputs, concurrency, timeout_s, on_done, trace or self.trace)
+        try:
+            if _has_running_loop():
+                in_other_thread(lambda: self._map(driver, feed), lambda: self._interrupt(driver), f"{self.name}-map")
+            else:
+                self._map(driver, feed)
+        except BaseException as error:
+            feed.stop()
+            clean(error)
+            error.outcomes = dict(feed.outcomes)  # type: ignore[attr-defined]
+            raise
+        return feed.result()
+
+    def _map(self, driver: Driver, feed: _Feed) -> None:
+        driver.after_turn = feed.admit
+        feed.admit()
+        if driver.active:
+            self._drive_to_end(driver)
+        feed.check()
+
+    async def map_async(
+        self,
+        plan: Plan,
+        inputs: Iterable[Sequence[Any]],
+        *,
+        concurrency: int = 64,
+        timeout_s: float | None = None,
+        on_done: Callable[[int, Outcome], None] | None = None,
+        trace: Trace | None = None,
+    ) -> list[Outcome]:
+        """`map` inside the running loop."""
+        loop = asyncio.get_running_loop()
+        driver = Driver(self, loop)  # its own: admission is per call; lanes are shared all the same
+        feed = _Feed(driver, plan, inputs, concurrency, timeout_s, on_done, trace or self.trace)
+        done = loop.create_future()
+
+        def after_turn() -> None:
+            feed.admit()
+            if not driver.active and not done.done():
+                done.set_result(None)
+
+        driver.after_turn = after_turn
+        try:
+            driver.end_turn()
+            await done
+            feed.check()
+        except BaseException as error:
+            feed.stop()
+            driver.cancel_all(RunError("interrupted"))
+            clean(error)
+            error.outcomes = dict(feed.outcomes)  # type: ignore[attr-defined]
+            raise
+        return feed.result()
+
+    # -- streams
+    def stream(
+        self, plan: Plan, args: Sequence[Any], *, timeout_s: float | None = None, trace: Trace | None = None
+    ) -> Iterator[str]:
+        """The pieces of the workflow's text as they come; together they are its value.
+
+        A generation is passed on live only if its text is certain to be the result: it is what the workflow returns, at its
+        top level, in the taken branch of an `if` or in a workflow called in that place. (A loop may write it again, a
+        handler may replace it: there, and where the result is anything else, the text comes whole at the end.) A
+        result that is no text comes as its `str`. Errors come out of the iterator. Closing it early cancels the program.
+        """
+        pieces: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+        driver = self._new_driver()
+
+        def work() -> None:
+            try:
+                value = self._drive(driver, plan, args, timeout_s, trace, lambda text: pieces.put(("text", text)))
+                pieces.put(("end", value))
+            except BaseException as error:
+                pieces.put(("error", error))
+
+        thread = threading.Thread(target=work, name=f"{self.name}-stream", daemon=True)
+        thread.start()
+        sent = _Sent()
+        try:
+            while True:
+                kind, value = pieces.get()
+                if kind == "text":
+                    if value:
+                        sent.add(value)
+                        yield value
+                    continue
+                if kind == "error":
+                    raise value
+                rest = sent.rest(value)
+                if rest:
+                    yield rest
+                return
+        except BaseException as error:
+            clean(error)
+            raise
+        finally:
+            if thread.is_alive():
+                self._interrupt(driver)
+
+    async def astream(
+        self, plan: Plan, args: Sequence[Any], *, timeout_s: float | None = None, trace: Trace | None = None
+    ) -> AsyncIterator[str]:
+        """`stream` inside the running loop."""
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+
+        def on_text(text: str) -> None:  # from a lane's thread, or from the loop itself
+            if _has_running_loop():
+                pieces.put_nowait(("text", text))
+            else:
+                loop.call_soon_threadsafe(pieces.put_nowait, ("text", text))
+
+        async def work() -> None:
+            try:
+                pieces.put_nowait(("end", await self._run_async(plan, args, timeout_s, trace, on_text)))
+            except BaseException as error:
+                pieces.put_nowait(("error", error))
+                if isinstance(error, asyncio.CancelledError):
+                    raise
+
+        task = loop.create_task(work())
+        sent = _Sent()
+        try:
+            while True:
+                kind, value = await pieces.get()
+                if kind == "text":
+                    if value:
+                        sent.add(value)
+                        yield value
+                    continue
+                if kind == "error":
+                    raise value
+                rest = sent.rest(value)
+                if rest:
+                    yield rest
+                return
+        except BaseException as error:
+            clean(error)
+            raise
+        finally:
+            task.cancel()
+
+    # -- single operations, outside any workflow
+    def call(self, kind: str, resource: str, *operands: Any, model: Any = None, **options: Any) -> Any:
+        """The value of one operation (`search`, `generate`, ...), through the same lanes as in workflows. Blocks."""
+        options = {name: value for name, value in options.items() if value is not None}
+        return self.submit_blocking(kind, resource, make_request(kind, operands, options), model=model)
+
+    def submit_blocking(self, kind: str, resource: str, request: Any, *, model: Any = None) -> Any:
+        """The operation's value for a backend's request: text for `generate`, the option for `choose`, Docs for `search`.
+
+        Batches with whatever else the lane holds. From any thread; blocks. `model` is the pydantic class of a `parse`.
+        """
+        try:
+            lane = self.lane(LANE_OF[kind], resource)
+            if lane.is_async:
+                ask = _ask(lane, kind, request)
+                if _has_running_loop():
+                    answer = in_other_thread(lambda: asyncio.run(ask), lambda: None, f"{self.name}-call")
+                else:
+                    answer = asyncio.run(ask)
+            else:
+                waiter = _Waiter()
+                item = LaneItem(waiter, None, 0, None, lane, request, lane.key(kind, request))
+                lane.put([item])
+                answer = waiter.wait(item)
+            return read_answer(kind, request, answer, model)
+        except BaseException as error:
+            clean(error)
+            raise
+
+    # -- what drivers ask for
+    def next_program(self) -> int:
+        return next(self._numbers)
+
+    def lane(self, kind: str, name: str) -> Lane:
+        """The lane of a resource; finds its backend when first asked. ResourceError if there is none."""
+        lane = self._lanes.get((kind, name))
+        if lane is not None:
+            return lane
+        with self._lock:
+            if self._is_closed:
+                raise RunError("the runtime is closed")
+            lane = self._lanes.get((kind, name))
+            if lane is None:
+                lane = self._lanes[kind, name] = Lane(kind, name, find_backend(self.resources, kind, name), self.name)
+        return lane
+
+    def forget(self, lane: str, name: str) -> None:
+        """Closes a resource's lane: the next use finds its backend again. Calls in progress finish."""
+        with self._lock:
+            found = self._lanes.pop((lane, name), None)
+        if found is not None:
+            error = RunError(f"{lane} {name!r} was bound to another backend while the program ran")
+            for item in found.close():
+                item.driver.post([(item, False, error)])
+
+    def private_loop(self) -> asyncio.AbstractEventLoop:
+        """This thread's event loop for synchronous runs. It is kept between runs, as clients of async tools are bound to theirs."""
+        loop = self._thread_loop.loop
+        if loop is None or loop.is_closed():
+            loop = self._thread_loop.loop = asyncio.new_event_loop()
+            with self._lock:
+                self._loops.append(loop)
+        return loop
+
+    # -- the end
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Ends what is running (with RunError), the lanes' workers and the pool. Calls in progress may finish; none is begun."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            lanes = list(self._lanes.values())
+        error = RunError("the runtime was closed while the program ran")
+        for driver in [*self._running, *self._drivers.values()]:
+            driver.post(lambda d=driver: d.cancel_all(error))  # type: ignore[misc]
+        for lane in lanes:
+            for item in lane.close():
+                item.driver.post([(item, False, error)])
+        self.pool.close()
+        deadline = time.monotonic() + timeout_s
+        for lane in lanes:
+            lane.join(max(0.0, deadline - time.monotonic()))
+        self.pool.join(max(0.0, deadline - time.monotonic()))
+        for loop in self._loops:
+            if not loop.is_running():
+                loop.close()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class _Feed:
+    """The programs of one `map`: starts one when another ends."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        plan: Plan,
+        inputs: Iterable[Sequence[Any]],
+        concurrency: int,
+        timeout_s: float | None,
+        on_done: Callable[[int, Outcome], None] | None,
+        trace: Trace | None,
+    ) -> None:
+        if concurrency < 1:
+            raise ValueError(f"concurrency must be at least 1, not {concurrency}")
+        self.driver = driver
+        self.plan = plan
+        self.inputs = enumerate(inputs)
+        self.concurrency = concurrency
+        self.timeout_s = timeout_s
+        self.on_done = on_done
+        self.trace = trace
+        self.outcomes: dict[int, Outcome] = {}
+        self.total = 0
+        self.is_over = False
+        self.failure: BaseException | None = None
+
+    def admit(self) -> None:
+        active = self.driver.active
+        while len(active) < self.concurrency and not self.is_over:
+            try:
+                index, args = next(self.inputs)
+            except StopIteration:
+                self.is_over = True
+                return
+            except BaseException as error:  # the caller's iterable: the programs in flight still finish
+                self.is_over = True
+                self.failure = error
+                return
+            self.total = index + 1
+            try:
+                self.driver.start(
+                    self.plan,
+                    args,
+                    timeout_s=self.timeout_s,
+                    trace=self.trace,
+                    on_done=lambda program, index=index: self._ended(index, program),  # type: ignore[misc]
+                )
+            except TypeError as error:
+                self._tell(index, Outcome(None, error, 0.0))
+
+    def _ended(self, index: int, program: Program) -> None:
+        error = program.error
+        if error is not None:
+            clean(error)
+        if self.failure is None and isinstance(error, KeyboardInterrupt):
+            self.stop()
+            self.failure = error
+            self.driver.post(lambda: self.driver.cancel_all(RunError("interrupted")))
+            return
+        if self.is_over and self.failure is not None and isinstance(self.failure, KeyboardInterrupt):
+            return
+        self._tell(index, Outcome(program.value, error, self.driver.now() - program.started_s))
+
+    def _tell(self, index: int, outcome: Outcome) -> None:
+        if self.is_stopped:
+            return
+        self.outcomes[index] = outcome
+        if self.on_done is not None:
+            try:
+                self.on_done(index, outcome)
+            except BaseException as error:
+                if self.failure is None:
+                    self.failure = error
+                self.is_over = True
+
+    is_stopped = False
+
+    def stop(self) -> None:
+        self.is_over = self.is_stopped = True
+
+    def check(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def result(self) -> list[Outcome]:
+        return [self.outcomes[i] for i in range(self.total)]
+
+
+class _Sent:
+    """What a stream has given out so far."""
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+
+    def add(self, piece: str) -> None:
+        self.pieces.append(piece)
+
+    def rest(self, value: Any) -> str:
+        text = value if isinstance(value, str) else str(value)
+        sent = "".join(self.pieces)
+        if not text.startswith(sent):
+            raise RunError(
+                "the backend's pieces of text are not the text that it returned",
+                hint="`on_text` must see all of it, in order",
+            )
+        return text[len(sent) :]
+
+
+class _Waiter:
+    """Stands where a driver would for a single call: what it is posted, another thread waits for."""
+
+    def __init__(self) -> None:
+        self._answers: SimpleQueue[Answer] = SimpleQueue()
+
+    def post(self, answers: list[Answer]) -> None:
+        for answer in answers:
+            self._answers.put(answer)
+
+    def wait(self, item: LaneItem) -> Any:
+        try:
+            _, ok, value = self._answers.get()
+        except BaseException:
+            item.cancel()
+            raise
+        if not ok:
+            raise value
+        return value
+
+
+async def _ask(lane: Lane, kind: str, request: Any) -> Any:
+    method = "generate" if kind == "parse" else kind
+    (answer,) = await getattr(lane.backend, method)([request])
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+def _has_running_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,293 @@
+"""Lanes: where operations of all programs meet before a backend and leave as one batch.
+
+Each resource has a lane with one worker thread (a backend with `async def` methods has one in each event loop instead). A free
+lane takes a *wavefront*: of everything queued, all that may share a call with the item chosen first. While the backend
+works, the next wavefront gathers; nobody waits for a timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from queue import SimpleQueue
+from time import monotonic
+from typing import Any
+
+from flowc.ir.errors import FlowcError, RunError
+
+from .program import LaneItem
+from .requests import batch_key_of
+from .symbols import is_async_callable
+
+DEFAULT_MAX_BATCH = 64  # of backends that do not say
+
+Answer = tuple[LaneItem, bool, Any]
+
+
+def next_wavefront(queue: deque[LaneItem], max_batch: int) -> list[LaneItem]:
+    """Takes the next batch out of a queue that is not empty: the oldest item, and those after it with its batch key."""
+    first = queue.popleft()
+    batch = [first]
+    key = first.key
+    kept: list[LaneItem] = []
+    while queue and len(batch) < max_batch:
+        item = queue.popleft()
+        if item.key == key:
+            batch.append(item)
+        else:
+            kept.append(item)
+    queue.extendleft(reversed(kept))
+    return batch
+
+
+def _arguments(method: str, batch: list[LaneItem]) -> tuple[Any, ...]:
+    """What a backend's method is called with for a batch."""
+    requests = [item.request for item in batch]
+    if method != "generate":
+        return (requests,)
+    on_text = None
+    if any(item.on_text is not None for item in batch):
+
+        def on_text(index: int, piece: str) -> None:
+            to = batch[index].on_text
+            if to is not None and not batch[index].dead:
+                to(piece)
+
+    return (requests, on_text, lambda index: batch[index].dead)
+
+
+def _pair(batch: list[LaneItem], answers: Sequence[Any], name: str) -> list[Answer]:
+    """Each item with its own answer. An error that several share is copied, as each program adds its own line to it."""
+    if len(answers) != len(batch):
+        error = RunError(f"the backend {name!r} gave {len(answers)} answers to {len(batch)} requests")
+        return [(item, False, _own(error)) for item in batch]
+    seen: set[int] = set()
+    result: list[Answer] = []
+    for item, answer in zip(batch, answers, strict=True):
+        if isinstance(answer, BaseException):
+            result.append((item, False, _own(answer) if id(answer) in seen else answer))
+            seen.add(id(answer))
+        else:
+            result.append((item, True, answer))
+    return result
+
+
+def _own(error: BaseException) -> BaseException:
+    try:
+        twin = copy.copy(error)
+    except Exception:
+        return error
+    if type(twin) is not type(error) or twin.args != error.args:
+        return error
+    twin.__traceback__, twin.__cause__, twin.__context__ = error.__traceback__, error.__cause__, error.__context__
+    return twin
+
+
+def _may_be_one_items_fault(error: BaseException, batch: list[LaneItem]) -> bool:
+    """Is it worth asking item by item after a call failed as a whole? Not if the machine, a file or a server is the reason."""
+    return len(batch) > 1 and isinstance(error, Exception) and not isinstance(error, OSError | MemoryError | FlowcError)
+
+
+class Lane:
+    """The queue in front of one backend, and its worker thread, which starts with the first item."""
+
+    def __init__(self, kind: str, name: str, backend: Any, runtime_name: str = "flowc") -> None:
+        self.kind = kind
+        self.name = name
+        self.backend = backend
+        self.label = f"{kind} @{name}"
+        self.max_batch = max(1, int(getattr(backend, "max_batch", DEFAULT_MAX_BATCH)))
+        methods = {"llm": ("generate", "choose"), "search": ("search",), "embed": ("embed",)}.get(kind, ("rerank",))
+        self.is_async = any(is_async_callable(getattr(backend, m, None)) for m in methods)
+        self._queue: deque[LaneItem] = deque()
+        self._ready = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._thread_name = f"{runtime_name}-{kind}-{name}"
+        self._is_closed = False
+
+    def key(self, kind: str, request: Any) -> tuple[Any, ...]:
+        return batch_key_of(kind, self.backend, request)
+
+    def method(self, batch: list[LaneItem]) -> str:
+        kind: str = batch[0].key[0]
+        return kind
+
+    def put(self, items: Iterable[LaneItem]) -> None:
+        """Queues items, all before the worker looks: they leave together if they may."""
+        with self._ready:
+            if self._is_closed:
+                raise RunError("the runtime is closed")
+            self._queue.extend(items)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name=self._thread_name, daemon=True)
+                self._thread.start()
+            self._ready.notify()
+
+    def forget(self, item: LaneItem) -> None:
+        """Takes a cancelled item out of the queue, if it is still there."""
+        with self._ready:
+            try:
+                self._queue.remove(item)
+            except ValueError:
+                pass
+
+    def close(self) -> list[LaneItem]:
+        """Ends the worker after the call that it is in; gives the items that nobody will answer."""
+        with self._ready:
+            self._is_closed = True
+            left = list(self._queue)
+            self._queue.clear()
+            self._ready.notify_all()
+        return left
+
+    def join(self, timeout_s: float) -> None:
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+
+    def _work(self) -> None:
+        while True:
+            with self._ready:
+                while not self._queue and not self._is_closed:
+                    self._ready.wait()
+                if self._is_closed:
+                    return
+                batch = next_wavefront(self._queue, self.max_batch)
+            answers = self._serve(batch)
+            posts: dict[Any, list[Answer]] = {}
+            for answer in answers:
+                posts.setdefault(answer[0].driver, []).append(answer)
+            for driver, some in posts.items():
+                driver.post(some)
+            del batch, answers, posts  # an idle worker keeps nothing alive
+
+    def _serve(self, batch: list[LaneItem]) -> list[Answer]:
+        method = self.method(batch)
+        call = getattr(self.backend, method)
+        start = monotonic()
+        try:
+            answers = _pair(batch, call(*_arguments(method, batch)), self.name)
+        except BaseException as error:
+            if _may_be_one_items_fault(error, batch):
+                answers = [one for item in batch for one in self._serve([item])]
+            else:
+                answers = [(item, False, _own(error)) for item in batch]
+        note_batch(batch, self.label, method, start, monotonic())
+        return answers
+
+
+class LoopLane:
+    """The queue of one event loop in front of an async backend: one call at a time, awaited in the loop."""
+
+    def __init__(self, lane: Lane, loop: asyncio.AbstractEventLoop, deliver: Callable[[list[Answer]], None]) -> None:
+        self.lane = lane
+        self.loop = loop
+        self.deliver = deliver
+        self.queue: deque[LaneItem] = deque()
+        self.task: asyncio.Task[list[Answer]] | None = None
+
+    def put(self, items: Iterable[LaneItem]) -> None:
+        self.queue.extend(items)
+        if self.task is None:
+            self._next()
+
+    def _next(self) -> None:
+        while self.queue and self.queue[0].dead:
+            self.queue.popleft()
+        if self.queue:
+            batch = [item for item in next_wavefront(self.queue, self.lane.max_batch) if not item.dead]
+            self.task = self.loop.create_task(self._serve(batch))
+            self.task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[list[Answer]]) -> None:
+        self.task = None
+        if not task.cancelled():
+            self.deliver(task.result())
+        if self.task is None:
+            self._next()
+
+    async def _serve(self, batch: list[LaneItem]) -> list[Answer]:
+        method = self.lane.method(batch)
+        call = getattr(self.lane.backend, method)
+        start = self.loop.time()
+        try:
+            answers = _pair(batch, await call(*_arguments(method, batch)), self.lane.name)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            if _may_be_one_items_fault(error, batch):
+                answers = [one for item in batch for one in await self._serve([item])]
+            else:
+                answers = [(item, False, _own(error)) for item in batch]
+        note_batch(batch, self.lane.label, method, start, self.loop.time())
+        return answers
+
+
+def note_batch(batch: list[LaneItem], lane: str, method: str, start_s: float, end_s: float) -> None:
+    """Tells the traces of a batch's programs about it, each once."""
+    seen: set[int] = set()
+    for item in batch:
+        frame = item.frame
+        trace = frame.program.trace if frame is not None else None
+        if trace is not None:
+            if id(trace) not in seen:
+                seen.add(id(trace))
+                trace.batch(lane, method, batch, start_s, end_s)
+
+
+class ThreadPool:
+    """A bounded pool of daemon threads that grows when all are busy. A job is called and must not raise."""
+
+    def __init__(self, size: int, name: str) -> None:
+        self._size = size
+        self._name = name
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._idle = 0
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    def submit(self, job: Callable[[], None]) -> None:
+        with self._lock:
+            if self._is_closed:
+                raise RunError("the runtime is closed")
+            if self._idle > 0:
+                self._idle -= 1  # promised to this job
+            elif len(self._threads) < self._size:
+                thread = threading.Thread(target=self._work, name=f"{self._name}-io-{len(self._threads)}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+            self._jobs.put(job)
+
+    def _work(self) -> None:
+        worker.is_pool = True
+        while True:
+            job = self._jobs.get()
+            if job is None:
+                return
+            job()
+            del job
+            with self._lock:
+                self._idle += 1
+
+    def close(self) -> None:
+        with self._lock:
+            self._is_closed = True
+            for _ in self._threads:
+                self._jobs.put(None)
+
+    def join(self, timeout_s: float) -> None:
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout_s)
+
+
+class _Worker(threading.local):
+    is_pool = False
+
+
+worker = _Worker()
+"""Says of the current thread whether it belongs to a pool: there a program runs its tools on the spot, so that a pool full of
+tools that start programs of their own cannot wait for itself."""

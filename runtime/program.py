@@ -1,0 +1,247 @@
+"""One running request, and the pieces of state it is made of: region instances and what they wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import Context
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .plan import Block, Instruction, LaneNode, Plan, Target
+from .requests import label_of
+from .trace import Kind, Trace, traced_code
+
+if TYPE_CHECKING:
+    from asyncio import Future
+
+    from .driver import Cancellable, Driver
+
+# What happens when a frame is done.
+ROOT, PLAIN, CONDITION, BODY, ITEM, ITEMS, PARALLEL_ITEM, TRY, HANDLER, CALLEE = range(10)
+
+
+class Frame:
+    """One instance of a region.
+
+    `pc` is how far the sweep in program order has come. Nothing more is kept while nothing is open: then every earlier
+    instruction is done, so the next one's turn has come. Once one has to wait, it and those that it holds up are in `open` (with
+    what they wait for, or None where it is for each other), and `waits` counts for each instruction how many open
+    ones it needs; one that the sweep has passed runs when its count is back at zero.
+    """
+
+    __slots__ = (
+        "block",
+        "code",
+        "dead",
+        "depth",
+        "error",
+        "error_at",
+        "index",
+        "node",
+        "open",
+        "parent",
+        "pc",
+        "program",
+        "ready",
+        "ret",
+        "slots",
+        "state",
+        "tail",
+        "told",
+        "waits",
+    )
+
+    def __init__(
+        self,
+        program: Program,
+        block: Block,
+        slots: list[Any],
+        parent: Frame | None,
+        index: int,
+        ret: int,
+        node: Any,
+        depth: int,
+        tail: bool,
+    ) -> None:
+        self.program = program
+        self.block = block
+        self.code = block.code if program.trace is None else traced_code(block)
+        self.slots = slots
+        self.parent = parent
+        self.index = index  # of the parent's instruction that this frame belongs to
+        self.ret = ret
+        self.node = node
+        self.depth = depth  # of workflow calls
+        self.tail = tail  # does this region's yield become the workflow's result?
+        self.pc = 0
+        self.waits: list[int] | None = None
+        self.open: dict[int, Any] = NOTHING_OPEN
+        self.ready: list[int] = NOTHING_READY
+        self.error: BaseException | None = None
+        self.error_at = -1
+        self.state: Any = None
+        self.told = False  # does the parent know that this frame waits?
+        self.dead = False
+
+    @staticmethod
+    def code_of(program: Program, block: Block) -> list[Instruction]:
+        return block.code if program.trace is None else traced_code(block)
+
+
+# Shared and never written to: most frames never have anything open.
+NOTHING_OPEN: dict[int, Any] = {}
+NOTHING_READY: list[int] = []
+
+
+class Handle:
+    """Something that an instruction waits for. Once `dead`, what it may still answer is of no interest."""
+
+    __slots__ = (
+        "batch",
+        "dead",
+        "driver",
+        "ended_s",
+        "frame",
+        "index",
+        "number",
+        "out",
+        "queued_s",
+        "started_s",
+        "timer",
+    )
+
+    def __init__(self, driver: Driver, frame: Frame, index: int, out: Any) -> None:
+        self.driver = driver
+        self.frame = frame
+        self.index = index
+        self.out = out
+        self.dead = False
+        self.timer: Cancellable | None = None
+        self.number = 0  # this and the following are for the trace
+        self.queued_s = self.started_s = self.ended_s = 0.0
+        self.batch = 1
+
+    @property
+    def where(self) -> str:
+        """The lane, for the trace."""
+        return ""
+
+    def note_end(self, kind: Kind) -> None:
+        """Tells the trace, if there is one."""
+        trace = self.frame.program.trace if self.frame is not None else None
+        if trace is not None:
+            trace.ended(self, kind, label_of(self.frame.block.ops[self.index]), self.where)
+
+    def cancel(self) -> None:
+        if not self.dead:
+            self.note_end("cancelled")
+        self.dead = True
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+
+class LaneItem(Handle):
+    """A request in a lane."""
+
+    __slots__ = ("key", "lane", "node", "on_text", "request")
+
+    def __init__(self, driver: Any, frame: Any, index: int, node: Any, lane: Any, request: Any, key: Any) -> None:
+        super().__init__(driver, frame, index, node.out if node is not None else None)
+        self.node: LaneNode = node
+        self.lane = lane
+        self.request = request
+        self.key = key
+        self.on_text: Callable[[str], None] | None = None
+
+    @property
+    def where(self) -> str:
+        return str(self.lane.label)
+
+    def cancel(self) -> None:
+        super().cancel()
+        self.lane.forget(self)
+
+
+class CallItem(Handle):
+    """A call of an async function, or of a tool on another thread; with its retries."""
+
+    __slots__ = ("args", "attempt", "kwargs", "target", "task")
+
+    def __init__(
+        self,
+        driver: Driver,
+        frame: Frame,
+        index: int,
+        out: Any,
+        target: Target,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> None:
+        super().__init__(driver, frame, index, out)
+        self.target = target
+        self.args = args
+        self.kwargs = kwargs
+        self.attempt = 0
+        self.task: Future[Any] | Any = None  # the task, or the coroutine that is not one yet
+
+    @property
+    def where(self) -> str:
+        return "async" if self.target.is_async else "io"
+
+    def cancel(self) -> None:
+        super().cancel()
+        task = self.task
+        if task is not None:
+            self.task = None
+            end = getattr(task, "cancel", None) or getattr(task, "close", None)
+            if end is not None:
+                end()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one program of a `map`: `value`, or `error` if it is not None."""
+
+    value: Any
+    error: BaseException | None
+    seconds: float
+
+
+class Program:
+    """One run of a plan."""
+
+    __slots__ = (
+        "context",
+        "deadline_s",
+        "driver",
+        "error",
+        "id",
+        "is_done",
+        "on_done",
+        "on_text",
+        "plan",
+        "root",
+        "started_s",
+        "timeout_s",
+        "timer",
+        "trace",
+        "value",
+    )
+
+    def __init__(self, driver: Driver, plan: Plan, number: int, trace: Trace | None) -> None:
+        self.driver = driver
+        self.plan = plan
+        self.id = number
+        self.trace = trace
+        self.context: Context | None = None
+        self.timeout_s: float | None = None
+        self.deadline_s: float | None = None
+        self.timer: Cancellable | None = None
+        self.root: Frame | None = None
+        self.is_done = False
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.on_done: Callable[[Program], None] | None = None
+        self.on_text: Callable[[str], None] | None = None
+        self.started_s = 0.0

@@ -1,0 +1,183 @@
+"""What an operation on a resource asks of a backend, and what its answer means; operand types are checked here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flowc.ir.core import Op
+from flowc.ir.errors import OperationTypeError, RunError
+from flowc.ir.ops import OPS
+from flowc.ir.values import Doc, Docs
+
+from .protocols import ChooseRequest, GenerateRequest, Generation, RerankRequest, SearchRequest
+
+LANE_OF = {name: spec.lane for name, spec in OPS.items() if spec.has_resource}
+"""Kind of operation -> the lane its resource belongs to: llm, search, embed or rerank."""
+
+_GENERATE_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "stop", "seed")
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "embed": (),
+    "search": ("k", "nprobe"),
+    "rerank": ("k",),
+    "generate": _GENERATE_OPTIONS,
+    "choose": (),
+    "parse": _GENERATE_OPTIONS,
+}
+"""What each kind takes besides its operands, as attributes or keyword operands; `timeout` goes for all."""
+
+ARITY = {"embed": 1, "search": 1, "rerank": 2, "generate": 1, "choose": 2, "parse": 1}
+
+
+def _describe(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} ({text if len(text) <= 60 else text[:57] + '...'})"
+
+
+def _wrong(what: str, expected: str, value: Any) -> OperationTypeError:
+    return OperationTypeError(f"{what} must be {expected}, not {_describe(value)}")
+
+
+def _text(what: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _wrong(what, "a str", value)
+    return value
+
+
+def _count(what: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        index = getattr(type(value), "__index__", None)
+        if index is None or isinstance(value, bool):
+            raise _wrong(what, "an int", value)
+        value = index(value)  # numpy's integers
+    if value < 1:
+        raise RunError(f"{what} must be at least 1, not {value}")
+    return int(value)
+
+
+def _number(what: str, value: Any) -> float:
+    if isinstance(value, bool) or not hasattr(type(value), "__float__"):
+        raise _wrong(what, "a number", value)
+    return float(value)
+
+
+def timeout_of(value: Any) -> float | None:
+    """Seconds, from the option `timeout` of an operation."""
+    return None if value is None else _number("`timeout`", value)
+
+
+def _generate(kind: str, operands: Sequence[Any], options: Mapping[str, Any]) -> GenerateRequest:
+    prompt = operands[0]
+    if type(prompt) is not str:
+        _text(f"the prompt of `{kind}`", prompt)
+    if not options:
+        return GenerateRequest(prompt)
+    fields: dict[str, Any] = {}
+    for name, value in options.items():
+        if value is None:
+            continue
+        what = f"`{name}` of `{kind}`"
+        match name:
+            case "max_tokens":
+                fields[name] = _count(what, value)
+            case "temperature" | "top_p":
+                fields[name] = _number(what, value)
+            case "top_k" | "seed":
+                if isinstance(value, bool) or not isinstance(value, int):
+                    raise _wrong(what, "an int", value)
+                fields[name] = value
+            case "stop":
+                stops = (value,) if isinstance(value, str) else value
+                if not isinstance(stops, list | tuple) or not all(isinstance(s, str) for s in stops):
+                    raise _wrong(what, "a str or a list of str", value)
+                fields[name] = tuple(stops)
+            case "timeout":
+                fields["timeout_s"] = timeout_of(value)
+            case _:
+                raise RunError(f"`{kind}` takes no option `{name}`")
+    return GenerateRequest(prompt, **fields)
+
+
+def make_request(kind: str, operands: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    """The backend's request for an operation, of its operands and options; OperationTypeError where one has the wrong type."""
+    match kind:
+        case "generate" | "parse":
+            return _generate(kind, operands, options)
+        case "search":
+            k, nprobe = options.get("k"), options.get("nprobe")
+            return SearchRequest(
+                _text("the query of `search`", operands[0]),
+                4 if k is None else _count("`k` of `search`", k),
+                None if nprobe is None else _count("`nprobe` of `search`", nprobe),
+            )
+        case "embed":
+            return _text("the text of `embed`", operands[0])
+        case "rerank":
+            query, docs = operands
+            if not isinstance(docs, Docs):
+                if not isinstance(docs, list | tuple) or not all(isinstance(d, Doc) for d in docs):
+                    raise _wrong("the passages of `rerank`", "Docs", docs)
+                docs = Docs(docs)
+            k = options.get("k")
+            return RerankRequest(
+                _text("the query of `rerank`", query), docs, None if k is None else _count("`k` of `rerank`", k)
+            )
+        case "choose":
+            prompt, choices = operands
+            if (
+                isinstance(choices, str)
+                or not isinstance(choices, list | tuple)
+                or not all(isinstance(c, str) for c in choices)
+            ):
+                raise _wrong("the options of `choose`", "a list of str", choices)
+            if not choices:
+                raise RunError("`choose` needs at least one option")
+            return ChooseRequest(_text("the prompt of `choose`", prompt), tuple(choices))
+        case _:
+            raise AssertionError(f"`{kind}` is no operation on a resource")
+
+
+def read_answer(kind: str, request: Any, answer: Any, model: Any = None) -> Any:
+    """The operation's value from the backend's answer: text for `generate`, the option for `choose`, an object for `parse`."""
+    match kind:
+        case "generate":
+            if isinstance(answer, Generation):
+                return answer.text
+            raise RunError(f"the backend answered `generate` with {_describe(answer)}, not with a Generation")
+        case "choose":
+            if not isinstance(answer, int) or not 0 <= answer < len(request.options):
+                raise RunError(
+                    f"the backend answered `choose` with {_describe(answer)}, not with an index of its options"
+                )
+            return request.options[answer]
+        case "parse":
+            return parse_object(model, answer.text)
+        case "search" | "rerank":
+            return answer if isinstance(answer, Docs) else Docs(answer)
+        case _:
+            return answer
+
+
+def parse_object(model: Any, text: str) -> Any:
+    """An object of the pydantic model from the JSON in a model's text; prose and fences around the outermost `{...}` are let by."""
+    first, last = text.find("{"), text.rfind("}")
+    return model.model_validate_json(text[first : last + 1] if 0 <= first < last else text)
+
+
+def label_of(op: Op) -> str:
+    """How messages call an operation: `search @pydocs`, `tool lookup`, `call @inner`."""
+    for name, sign in (("resource", "@"), ("callee", "@"), ("tool", "")):
+        value = op.attrs.get(name)
+        if isinstance(value, str):
+            return f"{op.name} {sign}{value}"
+    return op.name
+
+
+def batch_key_of(kind: str, backend: Any, request: Any) -> tuple[Any, ...]:
+    """Requests with equal keys may share one call: the op table's attributes, as the request has them, and the backend's own key."""
+    names = OPS[kind].batch_key or ()
+    own = tuple(getattr(request, n) for n in names if n != "resource")
+    key = getattr(backend, "batch_key", None)
+    if key is None or kind in ("choose", "embed", "rerank"):
+        return ("generate" if kind == "parse" else kind, *own)
+    return ("generate" if kind == "parse" else kind, *own, key(request))
