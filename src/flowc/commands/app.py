@@ -32,7 +32,7 @@ app.command("verify")(running.verify)
 app.add_typer(index.app, name="index")
 app.add_typer(model.app, name="model")
 app.command("doctor")(doctor.doctor)
-app.command("demo", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(model.demo)
+app.command("demo")(model.demo)
 
 
 @app.callback(invoke_without_command=True)

@@ -30,8 +30,7 @@ class UsageError(ConfigError):
 
 
 class Failed(Exception):
-    """The command has said what is wrong; only the exit code is left. It is no error of flowc's and shows no message.
-    """
+    """The command has said what is wrong; only the exit code is left. It is no error of flowc's and shows no message."""
 
     def __init__(self, code: int = FAILED) -> None:
         super().__init__(code)
@@ -131,10 +130,13 @@ def _is_ours(filename: str) -> bool:
 
 
 def _roots() -> tuple[str, ...]:
-    """Where flowc's own code lies: the package, and the folders that its links lead to."""
+    """Where code lies that is not the user's: the package, the folders that its links lead to, the command line's
+    library.
+    """
     here = Path(__file__).resolve().parent.parent
     inside = (here / name for name in ("dsl", "ir", "passes", "runtime", "backends"))
-    return (f"{here}{os.sep}", *(f"{path.resolve()}{os.sep}" for path in inside), "<frozen ")
+    typer = Path(sys.modules["typer"].__file__ or "typer").resolve().parent if "typer" in sys.modules else here
+    return (f"{here}{os.sep}", f"{typer}{os.sep}", *(f"{path.resolve()}{os.sep}" for path in inside), "<frozen ")
 
 
 def _place(error: BaseException) -> str | None:

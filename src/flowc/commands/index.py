@@ -10,7 +10,7 @@ import typer
 
 from flowc.config import load_config
 
-from .console import INDEXES, Failed, emit, emit_json, fail, is_terminal, note, show_error, table
+from .console import INDEXES, Failed, UsageError, emit, emit_json, is_terminal, note, show_error, table
 
 app = typer.Typer(help="Build, describe and search retrieval indexes.", no_args_is_help=True, rich_markup_mode=None)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
@@ -240,7 +240,7 @@ def _path(text: str) -> Path:
     if (INDEXES / text).is_dir():
         return INDEXES / text
     known = ", ".join(config.index)
-    fail(
+    raise UsageError(
         f"there is no index folder {text}, and no [index.{text}] in the configuration",
         hint=f"configured are {known}" if known else "build one with `flowc index build SOURCE -o DIR`",
     )

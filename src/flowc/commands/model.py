@@ -59,10 +59,9 @@ def tiny(
         emit(str(path))
 
 
-def demo(ctx: typer.Context) -> None:
+def demo() -> None:
     """Answer questions over the bundled documents, with sources, and leave the plan as HTML."""
-    from flowc.demo import main  # type: ignore[import-not-found, unused-ignore]
+    from flowc.demo import main
 
-    code = main(list(ctx.args))
-    if code:
-        raise Failed(int(code))
+    if code := main():
+        raise Failed(code)

@@ -229,7 +229,7 @@ class Job:
             raise broken[0]
         seconds = time.perf_counter() - start
         if self.as_json:
-            summary = {"programs": len(rows), "failed": progress.failed, "seconds": seconds}
+            summary: dict[str, Any] = {"programs": len(rows), "failed": progress.failed, "seconds": seconds}
             summary["output"] = str(self.output) if self.output else None
             if writer is None:
                 summary["results"] = sorted(kept, key=lambda row: int(row["index"]))
@@ -247,13 +247,16 @@ def tracing(path: Path | None) -> Iterator[None]:
         yield
         return
     from flowc.engine import default_engine
+    from flowc.runtime.trace import Trace
 
-    recorder = default_engine().runtime.trace
+    runtime = default_engine().runtime
+    before, runtime.trace = runtime.trace, (trace := Trace())
     try:
         yield
     finally:
-        write_file(path, json.dumps(recorder.to_chrome()))
-        note(f"wrote {path}")
+        runtime.trace = before
+        write_file(path, json.dumps(trace.to_chrome()) + "\n")
+        note(f"wrote {path}: open it in ui.perfetto.dev, or draw it with `flowc compile TARGET -o DIR --trace {path}`")
 
 
 # -- verify

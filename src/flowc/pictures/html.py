@@ -20,11 +20,12 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from flowc.ir.core import Graph, Op, Region, walk
+from flowc.ir.core import Graph, Op, walk
 from flowc.ir.ops import OPS, Rates, effect_of
 from flowc.ir.printer import print_graph, print_literal, print_op
 from flowc.passes.core import Remark, describe, plural
 from flowc.passes.cost import CostModel
+from flowc.passes.facts import count_ops, predicted_s
 from flowc.passes.manager import PASSES, Compilation, Stage
 
 from .json import plan_hash
@@ -38,6 +39,7 @@ __all__ = ["page_of", "to_html"]
 _MOST_TEXT = 6000  # characters of one operation's text in the side panel
 _MOST_LINES = 600  # source lines shown of one file
 _MOST_DIFF = 1500  # rows of one pass's difference
+_MOST_SLICES = 2000  # of a trace
 _CONTEXT = 3
 
 
@@ -78,7 +80,9 @@ def to_html(
         ops.update(_ops(g, side, drawings[side], costs, said))
     for i, remark in enumerate(said):
         remark["ids"] = [key for key, op in ops.items() if i in op["remarks"]]
-    timelines: dict[str, Any] = {side: _timeline(predict(g, prefix=side[0], rates=rates)) for side, g in sides}
+    timelines: dict[str, Any] = {
+        side: _timeline(predict(g, prefix=side[0], rates=rates), predicted_s(g, costs)) for side, g in sides
+    }
     if trace is not None:
         timelines["measured"] = _measured(trace)
     data = {
@@ -92,8 +96,8 @@ def to_html(
         "passes": _passes(captured, stages),
         "remarks": said,
         "timeline": timelines,
-        "assumed": f"From the cost model: {costs['foreach_items']:g} items in each loop over a list, up to "
-        f"{costs['while_trips']:g} turns of each while, the slower branch of each if, every lane free.",
+        "assumed": f"{costs['foreach_items']:g} items in each loop over a list, up to {costs['while_trips']:g} turns "
+        "of each while, every lane free",
     }
     style = _resource("page.css") + _colours()
     script = _resource("page.js")
@@ -155,7 +159,7 @@ def _colours() -> str:
 
 def _pane(side: str, drawing: Drawing, graph: Graph, level: str) -> str:
     layout = lay_out(drawing)
-    count = sum(1 for _ in walk(graph.body))
+    count = count_ops(graph.body)
     name = "As captured" if side == "before" else f"After {level}" if level else "Graph"
     return (
         f'<div class="pane" id="pane-{side}">'
@@ -250,7 +254,7 @@ def _effect(op: Op) -> str:
 
 
 def _sources(graphs: Iterable[Graph]) -> list[dict[str, Any]]:
-    """The source lines from the first to the last that an operation comes from, file by file."""
+    """The source lines that operations come from, file by file; of a workflow's own file the whole function."""
     spans: dict[str, tuple[int, int]] = {}
     for graph in graphs:
         for loc in [graph.loc, *(op.loc for op in walk(graph.body))]:
@@ -260,38 +264,70 @@ def _sources(graphs: Iterable[Graph]) -> list[dict[str, Any]]:
     out = []
     for file, (low, high) in spans.items():
         lines = linecache.getlines(file)
-        if lines:
-            low, high = max(low, 1), min(high, len(lines), low + _MOST_LINES)
-            out.append({"file": file, "first": low, "lines": [text.rstrip("\n") for text in lines[low - 1 : high]]})
+        if not lines or low > len(lines):
+            continue
+        while low > 1 and lines[low - 2].lstrip().startswith("@"):
+            low -= 1  # decorators
+        indent = _indent(lines[low - 1])
+        while high < len(lines) and lines[high].strip() and _indent(lines[high]) > indent:
+            high += 1  # the rest of the function: a `return`, say
+        high = min(high, len(lines), low + _MOST_LINES)
+        out.append({"file": file, "first": low, "lines": [text.rstrip("\n") for text in lines[low - 1 : high]]})
     return out
 
 
-def _timeline(t: Timeline) -> dict[str, Any]:
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _timeline(t: Timeline, expected_s: float) -> dict[str, Any]:
     return {
+        "expected": expected_s,
         "makespan": t.makespan_s,
         "bars": [[b.item, b.title, b.lane, round(b.start_s, 7), round(b.end_s, 7)] for b in t.bars],
     }
 
 
 def _measured(trace: Mapping[str, Any]) -> dict[str, Any]:
-    """The slices of a Chrome trace in the same form; times from its first slice."""
+    """What a Chrome trace shows of its lanes, in the form of a timeline; times from the first slice.
+
+    Batches come as complete slices on a thread named after their lane; what runs in no batch, a tool say, as a pair of
+    asynchronous events that name it.
+    """
     events = [e for e in trace.get("traceEvents", ()) if isinstance(e, dict)]
     threads = {
         (e.get("pid"), e.get("tid")): str(e.get("args", {}).get("name", ""))
         for e in events
         if e.get("ph") == "M" and e.get("name") == "thread_name"
     }
-    slices = sorted(
-        (e for e in events if e.get("ph") == "X" and "ts" in e), key=lambda e: (float(e["ts"]), float(e.get("dur", 0)))
-    )[:2000]
-    start = float(slices[0]["ts"]) if slices else 0.0
-    bars = []
-    for e in slices:
-        lane = threads.get((e.get("pid"), e.get("tid")), "") or str(e.get("cat", "") or "python")
-        lane = lane.split()[0] if lane.split()[0] in LANES else lane
-        begin = (float(e["ts"]) - start) / 1e6
-        bars.append(["", str(e.get("name", "")), lane, begin, begin + float(e.get("dur", 0)) / 1e6])
-    return {"makespan": max((b[4] for b in bars), default=0.0), "bars": bars}
+    spans: list[tuple[float, float, str, str]] = []
+    began: dict[Any, dict[str, Any]] = {}
+    for e in events:
+        match e.get("ph"):
+            case "X" if e.get("cat") != "program":
+                lane = threads.get((e.get("pid"), e.get("tid"))) or str(e.get("cat") or "python")
+                start = float(e.get("ts", 0))
+                spans.append((start, start + float(e.get("dur", 0)), lane, str(e.get("name", ""))))
+            case "b":
+                began[e.get("id")] = e
+            case "e" if (first := began.pop(e.get("id"), None)) is not None:
+                lane = str(first.get("args", {}).get("lane") or "python")
+                if lane not in threads.values():
+                    spans.append((float(first.get("ts", 0)), float(e.get("ts", 0)), lane, str(first.get("name", ""))))
+            case _:
+                pass
+    spans = sorted(spans)[:_MOST_SLICES]
+    zero = spans[0][0] if spans else 0.0
+    return {
+        "makespan": max((end - zero for _, end, _, _ in spans), default=0.0) / 1e6,
+        "bars": [["", name, _lane(lane), (a - zero) / 1e6, (b - zero) / 1e6] for a, b, lane, name in spans],
+    }
+
+
+def _lane(name: str) -> str:
+    """`llm` for `llm @default`."""
+    head = re.split(r"\W", name, maxsplit=1)[0]
+    return head if head in LANES else name
 
 
 def _passes(captured: Graph | None, stages: Sequence[Stage]) -> list[dict[str, Any]]:
@@ -313,8 +349,8 @@ def _passes(captured: Graph | None, stages: Sequence[Stage]) -> list[dict[str, A
                 "doc": _first_line(PASSES.get(stage.pass_name)),
                 "changed": stage.changed,
                 "seconds": stage.seconds,
-                "before": _count(before.body) if before is not None else 0,
-                "after": _count(stage.graph.body),
+                "before": count_ops(before.body) if before is not None else 0,
+                "after": count_ops(stage.graph.body),
                 "diff": rows,
                 "note": note,
             }
@@ -329,10 +365,6 @@ def _first_line(rewrite: object) -> str:
     if not text or text.startswith(f"{getattr(rewrite, '__name__', '')}("):  # what `dataclass` writes
         text = getattr(sys.modules.get(getattr(rewrite, "__module__", "")), "__doc__", None) or ""
     return " ".join(text.strip().split("\n\n")[0].split())
-
-
-def _count(region: Region) -> int:
-    return sum(1 for _ in walk(region))
 
 
 def _diff(old: list[str], new: list[str]) -> list[list[Any]]:
