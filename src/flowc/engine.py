@@ -34,6 +34,7 @@ from flowc.runtime.plan import Plan, build_plan
 from .config import Config, load_config
 
 INDEXES = Path(".flowc") / "indexes"
+LANES = {"llm": "llm", "index": "search", "embedder": "embed", "reranker": "rerank"}  # kind of resource -> its lane
 
 
 class BoundResources:
@@ -135,12 +136,13 @@ class Engine:
         """The graph rewritten by the passes of a level (or those named), with the plan that runs it."""
         level = self.config.run.opt if opt is None else opt
         steps = pipeline(level) if passes is None else parse_pipeline(passes)
+        verify(graph)  # operations that do not fit together are the user's mistake, and are said in the user's words
         compilation = PassManager(steps, level=level if passes is None else None).run(graph)
         return CompiledGraph(self, compilation)
 
     def request(self, op: str, resource: str, operands: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """Runs one operation now, through the lanes that running programs use."""
-        return self.runtime.submit_blocking(op, resource, operands, options)
+        return self.runtime.call(op, resource, *operands, **options)
 
     def close(self) -> None:
         """Ends the runtime's threads and closes the backends."""
@@ -349,7 +351,7 @@ def bind(
     for kind, given in (("llm", llm), ("index", index), ("embedder", embedder), ("reranker", reranker)):
         for name, backend in (given or {}).items():
             engine.resources.bind(kind, name, backend)
-            engine.runtime.forget(kind, name)
+            engine.runtime.forget(LANES[kind], name)
 
 
 __all__ = ["CompiledGraph", "Engine", "LoadedPlan", "bind", "default_engine", "load", "shutdown"]
