@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
@@ -26,7 +26,7 @@ from flowc.ir.values import UNDEF
 
 from . import pycode
 from .requests import OPTIONS, label_of
-from .symbols import Symbols, function_of, is_async_callable
+from .symbols import Symbols, declared_limits, function_of, is_async_callable
 
 # Kinds of instructions. Up to TOOL they run on the spot.
 CALL0, CALL1, CALL2, CALLN, TOOL = range(5)
@@ -316,19 +316,17 @@ class _Builder:
             raise CompileError(
                 f"the tool `{name}` of workflow {graph.name} is a {type(fn).__name__}, nothing to call", loc=op.loc
             )
-        attrs = op.attrs if op.name == "tool" else {}
-        timeout: Any = attrs.get("timeout", getattr(tool, "timeout", None) if op.name != "tool" else None)
-        retries: Any = attrs.get("retries", getattr(tool, "retries", 0) if op.name != "tool" else 0) or 0
-        idempotent = attrs.get("idempotent", getattr(tool, "idempotent", False) if op.name != "tool" else False)
+        given: Mapping[str, Any] = op.attrs if op.name == "tool" else declared_limits(tool)
+        timeout, retries = given.get("timeout"), given.get("retries") or 0
         thread = getattr(tool, "thread", None)
         return Target(
             name,
             fn,
-            bool(attrs.get("is_async")) or is_async_callable(fn),
+            bool(given.get("is_async")) or is_async_callable(fn),
             _pace_of(fn),
             thread if isinstance(thread, bool) else None,
             float(timeout) if timeout is not None else None,
-            int(retries) if idempotent else 0,
+            int(retries) if given.get("idempotent") else 0,
         )
 
 

@@ -110,7 +110,8 @@ def _place(nodes: Iterable[ast.AST], line: int, col: int, end_col: int) -> None:
                 stack.append(child)
         if node._attributes:
             first = getattr(node, "lineno", 1) + line - 1
-            last = int(getattr(node, "end_lineno", None) or getattr(node, "lineno", 1)) + line - 1
+            last = first + (getattr(node, "end_lineno", None) or 0) - getattr(node, "lineno", 0)
+            last = max(first, last)
             node.lineno, node.end_lineno = first, last  # type: ignore[attr-defined]
             node.col_offset, node.end_col_offset = col, end_col  # type: ignore[attr-defined]
 

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from flowc.ir.core import Graph, Op, Region
-from flowc.ir.errors import NodeTimeoutError, RunError
+from flowc.ir.errors import NodeTimeoutError
 from flowc.ir.ops import keyword_operands
 from flowc.ir.values import UNDEF
 
 from . import pycode
 from .protocols import Embedder, LLMBackend, Reranker, Retriever
 from .requests import LANE_OF, OPTIONS, label_of, make_request, read_answer, timeout_of
-from .symbols import Symbols, function_of, is_async_callable
+from .symbols import Symbols, declared_limits, function_of, is_async_callable
 from .tracebacks import chain, clean
 
 Env = dict[str, Any]
@@ -249,8 +249,7 @@ class _Interpreter:
         if name not in names:
             raise no_such_tool(name, names)
         tool = self.symbols.symbol(graph, name, refs[names.index(name)], op.loc, "tool")
-        own = {key: getattr(tool, key, None) for key in ("timeout", "retries", "idempotent")}
-        return self.tool(tool, (), dict(arguments), own, label_of(op), op)
+        return self.tool(tool, (), dict(arguments), declared_limits(tool), label_of(op), op)
 
     def resource(self, graph: Graph, op: Op, operands: list[Any]) -> Any:
         kind = op.name
@@ -291,8 +290,11 @@ def node_timeout(label: str, timeout_s: float, op: Op) -> NodeTimeoutError:
     return NodeTimeoutError(f"`{label}`{where} took longer than its timeout of {timeout_s:g} s", loc=op.loc)
 
 
-def no_such_tool(name: Any, names: Sequence[str]) -> RunError:
-    return RunError(f"there is no tool {name!r} to invoke here", hint=f"the tools are: {', '.join(names)}")
+def no_such_tool(name: Any, names: Sequence[str]) -> KeyError:
+    """What looking a tool up by an unknown name raises."""
+    error = KeyError(name)
+    error.add_note(f"the tools are: {', '.join(names)}")
+    return error
 
 
 def recursion_limit() -> int:

@@ -165,3 +165,12 @@ def function_of(tool: Any) -> Callable[..., Any]:
 
 def is_async_callable(fn: Any) -> bool:
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004
+
+
+def declared_limits(tool: Any) -> dict[str, Any]:
+    """What a tool object says of its calls, under the names of a `tool` op's attributes: for tools that a value picks."""
+    return {
+        "timeout": getattr(tool, "timeout_s", None),
+        "retries": getattr(tool, "retries", 0),
+        "idempotent": getattr(tool, "idempotent", False),
+    }
