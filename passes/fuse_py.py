@@ -83,9 +83,9 @@ class FusePy(Pass):
             is_changed = False
             for unit in units:
                 members = [region.ops[i] for i in unit.members]
-                new = on_group(unit, members, outside) if unit.is_plain else on_single(members[0])
-                is_changed |= new is not members[0]
-                ops.append(new)
+                new = on_group(unit, members, outside) if unit.is_plain else [on_single(members[0])]
+                is_changed |= len(new) != len(members) or new[0] is not members[0]
+                ops += new
             return replace(region, ops=tuple(ops)) if is_changed else region
 
         def on_single(op: Op) -> Op:
@@ -96,7 +96,7 @@ class FusePy(Pass):
             inner = tuple(map(on_region, op.regions))
             return op if all(a is b for a, b in zip(inner, op.regions, strict=True)) else replace(op, regions=inner)
 
-        def on_group(unit: _Unit, members: list[Op], outside: set[str]) -> Op:
+        def on_group(unit: _Unit, members: list[Op], outside: set[str]) -> list[Op]:
             first = next((op for op in members if op.name not in STATIC), members[0])
             saved = sum(map(facts.turns, members)) - 1
             gain_s = max(0.0, saved) * costs.turn_s
@@ -107,12 +107,12 @@ class FusePy(Pass):
                             describe(first), first.loc, unit.verdict, fired=False, gain_s=gain_s, detail=unit.why
                         )
                     )
-                return members[0]
+                return members
             if not names:
                 names.append(Names(names_in(graph)))
             detail = f"{plural(len(members), 'operation')} in one turn"
             remarks.append(self.remark(describe(first), first.loc, _TOGETHER, fired=True, gain_s=gain_s, detail=detail))
-            return _outline(members, outside, names[0])
+            return [_outline(members, outside, names[0])]
 
         body = on_region(graph.body)
         return Outcome(graph if body is graph.body else graph.with_body(body), tuple(remarks))
