@@ -89,6 +89,7 @@ class SentenceEmbedder:
         self._cache_size = cache_size
         self._lock = threading.RLock()
         self._loaded: tuple[Tokenizer, _Encoder] | None = None
+        self.cut_short = 0  # distinct texts of the last `embed_many` that were longer than `max_tokens`
         self._fingerprint: str | None = None
 
     # ------------------------------------------------------------------------------------------ what it is
@@ -140,7 +141,7 @@ class SentenceEmbedder:
                 if vector is None:
                     tokenizer, encoder = self._load()
                     with _blas_threads(1):
-                        vector = self._pool(encoder.encode([_tokens(tokenizer, [text])[0]])[0])
+                        vector = self._pool(encoder.encode(_tokens(tokenizer, [text])[0])[0])
                     self._cache[key] = vector
                     while len(self._cache) > self._cache_size:
                         self._cache.popitem(last=False)
@@ -158,11 +159,12 @@ class SentenceEmbedder:
             rows.setdefault(_key(text), []).append(row)
         firsts = [members[0] for members in rows.values()]
         copies = {members[0]: members for members in rows.values()}
-        done = 0
+        done = cut_short = 0
         # A bounded window, so that tokens of a large collection are never all in memory; sorted inside the window.
         for start in range(0, len(firsts), 8192):
             window = firsts[start : start + 8192]
-            tokens = _tokens(tokenizer, [texts[row] for row in window])
+            tokens, cut = _tokens(tokenizer, [texts[row] for row in window])
+            cut_short += cut
             order = sorted(range(len(window)), key=lambda i: len(tokens[i]))
             for group in _groups(order, tokens):
                 with self._lock, _blas_threads(self._threads):
@@ -173,6 +175,7 @@ class SentenceEmbedder:
                     done += len(members)
                 if progress is not None:
                     progress(done, len(texts))
+        self.cut_short = cut_short
         return out
 
     def close(self) -> None:
@@ -257,9 +260,11 @@ class SentenceEmbedder:
             return self._loaded
 
 
-def _tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+def _tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[list[int]], int]:
+    """Token ids of every text, and how many of the texts were cut at the longest input."""
     clean = [text.encode("utf-8", "replace").decode() for text in texts]  # a lone surrogate cannot be tokenised
-    return [encoding.ids for encoding in tokenizer.encode_batch(clean)]
+    encodings = tokenizer.encode_batch(clean)
+    return [encoding.ids for encoding in encodings], sum(bool(encoding.overflowing) for encoding in encodings)
 
 
 def _groups(order: Sequence[int], tokens: Sequence[Sequence[int]]) -> Iterator[list[int]]:

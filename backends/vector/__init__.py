@@ -60,7 +60,8 @@ def build_index(
         if kind == "bm25" or (kind == "auto" and embedder is None):
             from .bm25 import build_bm25
 
-            return build_bm25(items, out, progress=progress)
+            reason = "asked for" if kind == "bm25" else "there is no embedder, so words are searched"
+            return build_bm25(items, out, reason=reason, progress=progress)
         if embedder is None:
             raise ResourceError(f"an index of kind {kind!r} needs an embedder", code="F063", hint='or kind="bm25"')
         if kind not in ("auto", "flat", "ivf"):
@@ -84,8 +85,8 @@ def open_index(
     """The index at `path`, mapped, not read: opening takes milliseconds whatever its size.
 
     Sizes of all files are always checked, their SHA-256 with `verify`. Without an embedder the one that the index was
-    made with is opened at the first search by text. `nprobe` stands in for the index's own. Raises `ResourceError`: F061 no index there, F062 damaged, F063 the
-    embedder is another one than the index was made with.
+    made with is opened at the first search by text. `nprobe` stands in for the index's own. Raises `ResourceError`:
+    F061 no index there, F062 damaged, F063 the embedder is another one than the index was made with.
     """
     try:
         from .store import read_manifest

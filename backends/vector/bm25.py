@@ -59,6 +59,7 @@ def build_bm25(
     passages: Sequence[Passage],
     out: str | os.PathLike[str],
     *,
+    reason: str = "asked for",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Manifest:
     """Builds and saves a BM25 index; see `flowc.backends.vector.build_index`."""
@@ -101,7 +102,7 @@ def build_bm25(
                 count=count,
                 metric="bm25",
                 settings={"k1": K1, "b": B, "terms": len(vocabulary), "words": "{title}: {text}"},
-                reasons=("bm25: asked for, or no embedder was given",),
+                reasons=(f"bm25: {reason}",),
             )
         )
 

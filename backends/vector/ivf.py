@@ -140,11 +140,12 @@ def build_vectors(
         if progress is not None:
             progress(stage, done, total)
 
-    count, dim = len(passages), embedder.dim
+    count, dim, cut = len(passages), embedder.dim, 0
     with IndexWriter(out) as writer:  # first: a folder that cannot be written should not cost ten minutes of embedding
         if vectors is None:
             texts = [embedded_text(p) for p in passages]
             vectors = _embed_all(embedder, texts, lambda done, total: tell("embed", done, total))
+            cut = getattr(embedder, "cut_short", 0)
         data = _unit_vectors(vectors, count, dim)
         with _omp_threads(faiss, threads or os.cpu_count() or 1):
             tell("train", 0, 1)
@@ -154,6 +155,10 @@ def build_vectors(
                 index.add(data[start : start + 50_000])
                 tell("add", min(start + 50_000, count), count)
         reasons, nprobe = plan.reasons, plan.nprobe
+        if cut:
+            reasons += (
+                f"{cut:,} of {count:,} passages are longer than the embedder sees: their ends are not searched",
+            )
         if not nprobe:
             tell("measure", 0, 1)
             nprobe, reason = _choose_nprobe(_Lists(index), data)

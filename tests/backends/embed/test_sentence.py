@@ -117,6 +117,10 @@ def test_what_is_beyond_the_longest_input_is_not_seen(folder: Path) -> None:
     long = "a " * 30
     same, other = embedder.embed([long + "b c d", long + "x y z"])
     assert np.array_equal(same, other)
+    embedder.embed_many([long + "b", long + "b", long, "a"])
+    assert embedder.cut_short == 1  # 31 letters and two marks are more than 32 tokens, 30 letters are not
+    embedder.embed_many(["a"])
+    assert embedder.cut_short == 0
     assert not np.array_equal(*SentenceEmbedder(folder, max_tokens=40).embed([long + "b c d", long + "x y z"]))
 
 

@@ -102,7 +102,8 @@ def test_another_embedder_embeds_again_and_none_means_words(
     assert manifest.embedder is not None
     assert manifest.embedder.spec == "hashing:64"
     monkeypatch.setattr("flowc.backends.embed.minilm.find_minilm", lambda: None)
-    assert index_bundle(part, tmp_path / "words").kind == "bm25"
+    manifest = index_bundle(part, tmp_path / "words")
+    assert (manifest.kind, manifest.reasons) == ("bm25", ("bm25: there is no embedder, so words are searched",))
 
 
 def cut_down(folder: Path, count: int) -> None:

@@ -359,6 +359,14 @@ def test_building_twice_gives_the_same_bytes(built: Built, passages: list[Passag
         assert manifest.to_json() == (tmp_path / kind / "manifest.json").read_text()
 
 
+def test_passages_that_the_embedder_cannot_see_whole_are_counted(tmp_path: Path) -> None:
+    class ShortSighted(HashingEmbedder):
+        cut_short = 2
+
+    manifest = build_index(["a", "b", "c"], ShortSighted(64), tmp_path / "i")
+    assert "2 of 3 passages are longer than the embedder sees: their ends are not searched" in manifest.reasons
+
+
 def test_progress_is_told_of_every_stage(passages: list[Passage], embedder: HashingEmbedder, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     build_index(passages, embedder, tmp_path / "i", nlist=8, progress=lambda *step: told.append(step))
