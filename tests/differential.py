@@ -1,0 +1,277 @@
+"""Runs one program in every way there is and compares: value, error and its line, order of effects.
+
+`python -m tests.differential SEED COUNT [--reduce]` runs many programs and prints those that differ.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import linecache
+import random
+import re
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from flowc.dsl import host as host_module
+from flowc.ir.core import Graph
+from flowc.ir.errors import CaptureError
+from flowc.ir.parser import parse_graph
+from flowc.ir.printer import print_graph
+from flowc.ir.verifier import verify
+from flowc.passes.manager import PASSES, PassManager, parse_pipeline, pipeline
+from flowc.runtime.engine import Runtime
+from flowc.runtime.plan import build_plan
+from flowc.runtime.reference import interpret
+
+from . import program_world as world
+from .programs import Program, generate, reduce
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run shows of itself. `effects` are per state, in order."""
+
+    value: Any
+    error: Any
+    effects: tuple[tuple[str, tuple[str, ...]], ...]
+    arguments: Any
+
+
+def described(value: Any, seen: dict[int, int] | None = None) -> Any:
+    """A value with its types, and with which mutable parts of it are the same object."""
+    seen = {} if seen is None else seen
+    kind = type(value).__name__
+    if isinstance(value, (list, dict, world.Box)):
+        if id(value) in seen:
+            return ("same", seen[id(value)])
+        seen[id(value)] = len(seen)
+    if isinstance(value, dict):
+        return (kind, [(described(k, seen), described(v, seen)) for k, v in value.items()])
+    if isinstance(value, (list, tuple)):
+        return (kind, [described(v, seen) for v in value])
+    if isinstance(value, world.Box):
+        return (kind, described(value.value, seen))
+    if isinstance(value, BaseException):
+        return (kind, clean_text(str(value)))
+    return (kind, clean_text(repr(value)))
+
+
+def clean_text(text: str) -> str:
+    return re.sub(r"0x[0-9a-f]+", "0x", text)
+
+
+def described_error(error: BaseException, filename: str) -> Any:
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == filename]
+    cause = error.__cause__
+    inner = [described_error(e, filename)[:2] for e in error.exceptions] if isinstance(error, BaseExceptionGroup) else None
+    return (
+        type(error).__name__, clean_text(str(error)), lines[-1] if lines else None, inner,
+        None if cause is None else (type(cause).__name__, str(cause)), error.__suppress_context__,
+    )  # fmt: skip
+
+
+class Loaded:
+    """A program as an imported module."""
+
+    folder: tempfile.TemporaryDirectory[str] | None = None
+    count = 0
+
+    def __init__(self, program: Program) -> None:
+        if Loaded.folder is None:
+            Loaded.folder = tempfile.TemporaryDirectory(prefix="flowc-programs-")
+        Loaded.count += 1
+        name = f"flowc_program_{Loaded.count}"
+        self.path = Path(Loaded.folder.name) / f"{name}.py"
+        self.path.write_text(program.source, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(name, self.path)
+        assert spec is not None and spec.loader is not None
+        self.module: ModuleType = importlib.util.module_from_spec(spec)
+        sys.modules[name] = self.module
+        self.module.__dict__["__builtins__"] = __builtins__
+        code = compile(program.source, str(self.path), "exec")
+        exec(code, self.module.__dict__)
+        self.program = program
+
+    def close(self) -> None:
+        sys.modules.pop(self.module.__name__, None)
+        linecache.cache.pop(str(self.path), None)
+        self.path.unlink()
+
+    def fresh_arguments(self, call: str) -> tuple[Any, ...]:
+        """The state of the world at the start of every run, and the arguments."""
+        world.reset()
+        m = self.module.__dict__
+        if "CONST_INTS" in m:
+            m["GLOBAL"] = 5
+            m["BOX"].value = 1
+            m["CONST_INTS"][:] = [5, 6]
+            m["CONST_WORDS"][:] = ["k", "l"]
+        args: tuple[Any, ...] = eval(call, self.module.__dict__)
+        return args
+
+    def outcome(self, call: str, run: Callable[[tuple[Any, ...]], Any]) -> Outcome:
+        args = self.fresh_arguments(call)
+        value, error = None, None
+        try:
+            result = run(args)
+            value = described(result)
+        except Exception as e:
+            error = described_error(e, str(self.path))
+        effects: dict[str, list[str]] = {}
+        for state, what in world.LOG:
+            effects.setdefault(state, []).append(clean_text(what))
+        return Outcome(value, error, tuple(sorted((s, tuple(w)) for s, w in effects.items())), described(args))
+
+
+@contextmanager
+def direct_host() -> Iterator[None]:
+    """Inside, direct calls of resources are served by the fake backends."""
+    saved = host_module._factory, host_module._host
+    host_module.set_host_factory(world.DirectHost)
+    try:
+        yield
+    finally:
+        host_module._factory, host_module._host = saved
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A way of running a program that does not do what plain Python does."""
+
+    how: str
+    call: str
+    expected: Any
+    found: Any
+    graph: Graph | None
+
+    def __str__(self) -> str:
+        text = print_graph(self.graph) if self.graph is not None else ""
+        return f"{self.how}, called with {self.call}\n  eager: {self.expected}\n  found: {self.found}\n{text}"
+
+
+WAYS = ("reference", "-O0", "-O1", "-O2", "-O3", "random passes")
+
+
+def random_pipeline(rng: random.Random) -> str:
+    """A random order of passes. `fuse-py` and what needs it comes last, as the pass asks."""
+    names = [n for n in PASSES if n not in ("fuse-py", "wavefront")]
+    chosen = [rng.choice(names) for _ in range(rng.randrange(1, 7))]
+    return ",".join([*chosen, *(["fuse-py"] if rng.random() < 0.4 else []), *(["wavefront"] if rng.random() < 0.3 else [])])
+
+
+def differences(program: Program, runtime: Runtime, rng: random.Random, ways: Sequence[str] = WAYS) -> Iterator[Difference]:
+    """Everything in which a compiled run differs from the eager one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = Loaded(program)
+        try:
+            yield from _differences(loaded, runtime, rng, ways)
+        finally:
+            loaded.close()
+
+
+def _differences(loaded: Loaded, runtime: Runtime, rng: random.Random, ways: Sequence[str]) -> Iterator[Difference]:
+    main = loaded.module.main
+
+    def eager(args: tuple[Any, ...]) -> Any:
+        found = main.eager(*args)
+        return asyncio.run(found) if asyncio.iscoroutine(found) else found
+
+    for call in loaded.program.calls:
+        expected = loaded.outcome(call, eager)
+        if expected.error is not None and expected.error[0] == "RecursionError":
+            continue
+        try:
+            args = main.bind(loaded.fresh_arguments(call), {})
+            from flowc.dsl.signatures import argument_types
+
+            graph = main.graph(argument_types(main._declared, args))
+        except CaptureError as e:
+            yield Difference(f"capture: {e}", call, expected, None, None)
+            return
+        except Exception as e:
+            yield Difference(f"capture crashed: {''.join(traceback.format_exception(e))}", call, expected, None, None)
+            return
+        try:
+            verify(graph)
+            again = parse_graph(print_graph(graph))
+        except Exception as e:
+            yield Difference(f"verify or print: {e}", call, None, None, graph)
+            continue
+        if again != graph:
+            yield Difference("parse(print(graph)) != graph", call, graph, again, again)
+        for how in ways:
+            text = random_pipeline(rng) if how == "random passes" else ""
+            name = f"{how} {text}".strip()
+            shown: Graph = graph
+            try:
+                if how != "reference":
+                    steps = pipeline(int(how[2:])) if how.startswith("-O") else parse_pipeline(text)
+                    compilation = PassManager(steps, verify_each=True).run(graph)
+                    shown = compilation.graph
+                    plan = build_plan(shown)
+            except Exception as e:
+                yield Difference(f"{name}: {''.join(traceback.format_exception(e))}", call, None, None, shown)
+                continue
+            if how != "reference" and shown is graph and how != "-O0":
+                continue
+            found = loaded.outcome(
+                call, (lambda a: interpret(graph, a, world.Backends())) if how == "reference" else (lambda a: runtime.run(plan, a, timeout_s=20))
+            )
+            if found != expected:
+                yield Difference(name, call, expected, found, shown)
+                break
+
+
+def first_difference(program: Program, seed: int, ways: Sequence[str] = WAYS) -> Difference | None:
+    with direct_host(), Runtime(world.Backends()) as runtime:
+        return next(differences(program, runtime, random.Random(seed), ways), None)
+
+
+def main() -> None:
+    start, count = int(sys.argv[1]), int(sys.argv[2])
+    ways = WAYS if "--all" in sys.argv else ("reference",)
+    failed = refused = 0
+    codes: dict[str, int] = {}
+    with direct_host(), Runtime(world.Backends()) as runtime:
+        for seed in range(start, start + count):
+            program = generate(random.Random(seed))
+            found = next(differences(program, runtime, random.Random(seed), ways), None)
+            if found is None:
+                continue
+            if found.how.startswith("capture: error["):
+                refused += 1
+                key = found.how.splitlines()[0]
+                codes[key] = codes.get(key, 0) + 1
+                continue
+            failed += 1
+            print(f"=== seed {seed}")
+            if "--reduce" in sys.argv:
+                kind = found.how[:16]
+
+                def fails(p: Program, kind: str = kind, seed: int = seed) -> bool:
+                    again = next(differences(p, runtime, random.Random(seed), ways), None)
+                    return again is not None and again.how[:16] == kind
+
+                program = reduce(program, fails)
+                found = next(differences(program, runtime, random.Random(seed), ways), None) or found
+            print(program.source.split("OPTIONS = ('yes', 'no')\n")[-1].strip())
+            print(found, flush=True)
+            if failed >= int(next((a[6:] for a in sys.argv if a.startswith("--max=")), "10")):
+                break
+    print(f"{count} programs from seed {start}: {failed} differ, {refused} refused")
+    for key, n in sorted(codes.items(), key=lambda x: -x[1]):
+        print(f"  {n:5} {key}")
+
+
+if __name__ == "__main__":
+    main()
