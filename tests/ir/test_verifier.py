@@ -79,7 +79,7 @@ BROKEN: dict[str, tuple[str, str, str, str | None]] = {
     "names are texts": ('%x = py "1" {params = (), reads = (1,)} : any', "F023", "is a tuple of texts, not (1,)", None),
     "temperature": ('%x = generate @m (%q) {temperature = "hot"} : text', "F023", "is an int or a float, not", None),
     "missing attribute": (
-        "%x, %y = while (%q, %a) : text, any cond (%c: text, %e: any) {\nyield %c\n} body (%f: text, %g: any) {\nyield %f, %f, %g\n}",
+        "%x = while (%q) : any cond (%c: any) {\nyield %c\n} body (%f: any) {\nyield %f, %f\n}",
         "F023",
         "`while` lacks its attribute `limit`: most iterations",
         None,
@@ -393,7 +393,8 @@ def test_a_name_may_be_used_inside_any_region_below_its_definition() -> None:
     verify(
         parsed(
             "%c = cell (%q) : any\n"
-            "if (%a) then {\n foreach (%l) body (%i: text) {\n  %s = store (%c, %i) : none\n }\n} else {\n %v = load (%c) : any\n}"
+            "if (%a) then {\n foreach (%l) body (%i: text) {\n  %s = store (%c, %i) : none\n }\n"
+            "} else {\n %v = load (%c) : any\n}"
         )
     )
 
