@@ -30,7 +30,7 @@ class UsageError(ConfigError):
 
 
 class Failed(Exception):
-    """The command has said what is wrong; only the exit code is left. It is no error of flowc's and shows no message."""
+    """The command has said what is wrong; only the exit code is left. No error of flowc: it shows no message."""
 
     def __init__(self, code: int = FAILED) -> None:
         super().__init__(code)
