@@ -17,18 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     if args in (["--version"], ["-V"]):
-        return _version("--json" in args)
+        from flowc.commands.version import show_version
+
+        return show_version()
     from flowc.commands.app import run
 
     return run(args)
-
-
-def _version(as_json: bool = False) -> int:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        found = version("flowc")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        found = "0+unknown"
-    print(f'{{"flowc": "{found}"}}' if as_json else f"flowc {found}")
-    return 0

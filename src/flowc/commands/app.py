@@ -11,6 +11,7 @@ from flowc.ir.errors import FlowcError
 from . import compile, doctor, index, model
 from . import run as running
 from .console import USAGE, Failed, exit_code, interruptible, show_error
+from .version import show_version
 
 __all__ = ["app", "run"]
 
@@ -40,9 +41,7 @@ def _root(
     version: bool = typer.Option(False, "--version", "-V", help="Print the version."),
 ) -> None:
     if version:
-        from flowc.cli import _version
-
-        raise typer.Exit(_version())
+        raise typer.Exit(show_version())
 
 
 def run(args: list[str]) -> int:
