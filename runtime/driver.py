@@ -13,12 +13,12 @@ then a failure only stops what comes after it.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from contextvars import copy_context
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import Context, copy_context
 from heapq import heapify, heappop, heappush
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
@@ -73,7 +73,7 @@ from .program import (
 from .program import TRY as TRY_BODY
 from .pycode import loop_limit, while_handling
 from .reference import backoff_s, no_such_tool, node_timeout, recursion_limit
-from .requests import LANE_OF, label_of, make_request, read_answer, timeout_of
+from .requests import LANE_OF, label_of, make_request, timeout_of
 from .trace import Trace, current
 from .tracebacks import blame, chain, clean
 
@@ -88,6 +88,13 @@ _NOTED = frozenset({"tool", "invoke", "embed", "search", "rerank", "generate", "
 _OWN_FRAME = frozenset({"py", "fused", "template"})  # their code stands at the user's line already
 
 clock = time.perf_counter
+
+
+class Interrupted(RunError):
+    """The end of a program whose caller went away. The caller sees its own exception, not this one."""
+
+    def __init__(self) -> None:
+        super().__init__("the program was interrupted")
 
 
 class Cancellable(Protocol):
@@ -121,7 +128,7 @@ class Driver:
         self.runtime = runtime
         self.loop = loop
         self.active: dict[int, Program] = {}
-        self.after_turn: Callable[[], None] | None = None
+        self.hooks: list[Callable[[], None]] = []  # called after every turn
         self._outbox: dict[Lane, list[LaneItem]] = {}
         self._loop_lanes: dict[Lane, LoopLane] = {}
         self._unstarted: list[CallItem] = []  # coroutines that wait for a loop
@@ -130,8 +137,9 @@ class Driver:
         self._is_rung = False
         self._timers: list[_Timer] = []
         self._timer_count = 0
-        self._is_turning = False
         self._has_flush = False
+        self._has_room = False  # may the task that runs now take on a coroutine?
+        self._next: CallItem | None = None
 
     # -- programs
     def start(
@@ -143,8 +151,9 @@ class Driver:
         trace: Trace | None = None,
         on_done: Callable[[Program], None] | None = None,
         on_text: Callable[[str], None] | None = None,
+        context: Context | None = None,
     ) -> Program:
-        """A new program, with everything run that can run at once."""
+        """A new program, with everything run that can run at once: in `context`, or in the caller's and later in a copy of it."""
         program = Program(self, plan, self.runtime.next_program(), trace)
         function = plan.entry
         slots = function.slots.copy()
@@ -163,12 +172,16 @@ class Driver:
         self.active[program.id] = program
         if trace is not None:
             trace.program_started(program)
-        if self.loop is not None:
-            program.context = copy_context()
         try:
-            self.advance(root)
+            if context is not None:
+                program.context = context
+                context.run(self.advance, root)
+            else:
+                if self.loop is not None:
+                    program.context = copy_context()
+                self.advance(root)
         except BaseException:
-            self.cancel(program, RunError("interrupted"))
+            self.cancel(program, Interrupted())
             raise
         return program
 
@@ -279,8 +292,8 @@ class Driver:
 
     def end_turn(self) -> None:
         """After everything that could run has run: admit more programs, then send what has gathered for the lanes."""
-        if self.after_turn is not None:
-            self.after_turn()
+        for hook in self.hooks:
+            hook()
         if self._outbox and not self._has_flush:
             loop = self.loop
             if loop is None:
@@ -309,6 +322,13 @@ class Driver:
                 except RunError as e:
                     for item in alive:
                         self.post([(item, False, e)])
+
+    def forget(self, item: LaneItem) -> None:
+        """Takes a cancelled item out of wherever it waits."""
+        if not item.lane.is_async:
+            item.lane.forget(item)
+        elif item.lane in self._loop_lanes:
+            self._loop_lanes[item.lane].forget(item)
 
     # -- waiting without a loop
     def drive(self) -> None:
@@ -346,7 +366,7 @@ class Driver:
         try:
             loop.run_until_complete(self._adopt(loop))
         finally:
-            self.cancel_all(RunError("interrupted"))
+            self.cancel_all(Interrupted())
             self.loop = None
             left = asyncio.all_tasks(loop)
             for task in left:
@@ -357,18 +377,16 @@ class Driver:
     async def _adopt(self, loop: asyncio.AbstractEventLoop) -> None:
         """Goes on inside a loop: what waited for one starts, timers move over, and bells ring there."""
         done = loop.create_future()
-        after_turn = self.after_turn
 
         def look() -> None:
-            if after_turn is not None:
-                after_turn()
             if not self.active and not done.done():
                 done.set_result(None)
 
-        self.after_turn = look
+        self.hooks.append(look)
         self.loop = loop
         for program in self.active.values():
-            program.context = copy_context()
+            if program.context is None:
+                program.context = copy_context()
         timers, self._timers = self._timers, []
         now = time.monotonic()
         for timer in timers:
@@ -446,7 +464,7 @@ class Driver:
                         target = Target("", fn, False, b)
                         handle: Any = CallItem(self, frame, i - 1, out, target, a(slots), {})
                         if program.trace is not None:
-                            program.trace.queued(handle, label_of(block.ops[i - 1]), handle.where)
+                            program.trace.queued(handle, block.ops[i - 1], handle.where)
                         self._call_in_thread(handle)
                     elif kind == CALL2:
                         slots[out] = fn(slots[a], slots[b])
@@ -762,7 +780,7 @@ class Driver:
         item = CallItem(self, frame, index, node.out, target, args, kwargs)
         trace = frame.program.trace
         if trace is not None:
-            trace.queued(item, label_of(frame.block.ops[index]), item.where)
+            trace.queued(item, frame.block.ops[index], item.where)
         if target.is_async:
             item.task = target.fn(*args, **kwargs)
             self._watch(item, target.timeout_s)
@@ -827,7 +845,7 @@ class Driver:
         if timeout is not None:
             self._watch(item, timeout_of(timeout))
         if program.trace is not None:
-            program.trace.queued(item, node.label, lane.label)
+            program.trace.queued(item, frame.block.ops[index], lane.label)
         waiting = self._outbox.get(lane)
         if waiting is None:
             self._outbox[lane] = [item]
@@ -836,52 +854,88 @@ class Driver:
         return item
 
     def _start_task(self, item: CallItem) -> None:
-        """Turns an item's coroutine into a task of the loop, if there is one yet."""
-        loop = self.loop
-        if loop is None:
+        """Lets a task of the loop, if there is one yet, await the item's coroutine: the one that is at it, if it has room."""
+        if self.loop is None:
             self._unstarted.append(item)
-            return
-        awaitable = item.task
-        if inspect.iscoroutine(awaitable):
-            context = item.frame.program.context
-            task: Any = loop.create_task(awaitable, context=context)
+        elif self._has_room:
+            self._has_room = False
+            self._next = item
         else:
-            task = asyncio.ensure_future(awaitable, loop=loop)
-        item.task = task
-        if item.frame.program.trace is not None:
-            item.started_s = self.now()
-        task.add_done_callback(lambda done: self._task_done(item, done))
+            self.loop.create_task(self._work(item), context=item.frame.program.context)
 
-    def _task_done(self, item: CallItem, task: asyncio.Future[Any]) -> None:
-        if item.dead:
-            if not task.cancelled():
-                task.exception()  # looked at, so that nobody is told that it was not
-            return
-        item.task = None
-        if task.cancelled():
-            frame = self.settle_handle(item, False, asyncio.CancelledError())
-        elif (error := task.exception()) is not None:
-            frame = self.settle_handle(item, False, error)
-        else:
-            frame = self.settle_handle(item, True, task.result())
-        if frame is not None:
-            self._run(frame)
-        self.end_turn()
+    @contextmanager
+    def room(self) -> Iterator[None]:
+        """While it is open, this task takes on the first coroutine that turns up; `next_item` gives it."""
+        self._has_room, self._next = True, None
+        try:
+            yield
+        finally:
+            self._has_room = False
+
+    def next_item(self) -> CallItem | None:
+        item, self._next = self._next, None
+        return item
+
+    async def _work(self, item: CallItem) -> None:
+        me = asyncio.current_task()
+        assert me is not None
+        await self.work(item, me)
+
+    async def work(self, first: CallItem, me: asyncio.Task[Any]) -> None:
+        """Awaits an item's coroutine, goes on with its program, and awaits what that comes to next: a chain of
+        awaits costs one task, and within it `asyncio.current_task()` stays the same, as in a plain coroutine.
+
+        CancelledError if somebody else cancelled the task; a cancelled item is no reason.
+        """
+        item: CallItem | None = first
+        cancelled_before = me.cancelling()
+        while item is not None and not item.dead:
+            coroutine, item.task = item.task, me
+            if item.record is not None:
+                item.record.started_s = self.now()
+            try:
+                ok, value = True, await coroutine
+            except GeneratorExit:
+                raise
+            except BaseException as error:
+                ok, value = False, error
+            del coroutine
+            if item.dead:  # cancelled by its program: that is over, whatever the coroutine made of it
+                me.uncancel()
+            if me.cancelling() > cancelled_before and isinstance(value, asyncio.CancelledError):
+                raise value
+            if item.dead:
+                return
+            item.task = None
+            frame = self.settle_handle(item, ok, value)
+            del value
+            item = None
+            if frame is not None and not frame.dead:
+                self._has_room, self._next = True, None
+                try:
+                    self.advance(frame)
+                finally:
+                    self._has_room = False
+                item, self._next = self._next, None
+            self.end_turn()
 
     def _call_in_thread(self, item: CallItem) -> None:
         target = item.target
-        context = copy_context()
+        program_context = item.frame.program.context
+        context = copy_context() if program_context is None else program_context.copy()
 
         def job() -> None:
             if item.dead:
                 return
             start = clock()
-            item.started_s = item.driver.now()
+            if item.record is not None:
+                item.record.started_s = item.driver.now()
             try:
                 answer: Answer = (item, True, context.run(target.fn, *item.args, **item.kwargs))  # type: ignore[assignment]
             except BaseException as e:
                 answer = (item, False, e)  # type: ignore[assignment]
-            item.ended_s = item.driver.now()
+            if item.record is not None:
+                item.record.ended_s = item.driver.now()
             target.pace.note(clock() - start)
             item.driver.post([answer])
 
@@ -922,7 +976,7 @@ class Driver:
         if type(handle) is LaneItem:
             if ok:
                 try:
-                    value = read_answer(handle.node.kind, handle.request, value, handle.node.model)
+                    value = handle.read(value)
                 except BaseException as e:
                     ok, value = False, e
         elif (
@@ -937,7 +991,7 @@ class Driver:
         if handle.timer is not None:
             handle.timer.cancel()
             handle.timer = None
-        if frame.program.trace is not None:
+        if handle.record is not None:
             handle.note_end("finished" if ok else "failed")
         if not ok:
             return self._op_failed(frame, handle.index, value)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import copy_context
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
 
 from flowc.ir.errors import RunError
 
-from .driver import Driver, in_other_thread
+from .driver import Driver, Interrupted, in_other_thread
 from .lanes import Answer, Lane, ThreadPool
 from .plan import Plan
 from .program import LaneItem, Outcome, Program
@@ -75,7 +77,7 @@ class Runtime:
     ) -> Any:
         driver = self._new_driver()
         if _has_running_loop():
-            call = lambda: self._drive(driver, plan, args, timeout_s, trace, on_text)  # noqa: E731
+            call = functools.partial(self._drive, driver, plan, args, timeout_s, trace, on_text)
             return in_other_thread(call, lambda: self._interrupt(driver), f"{self.name}-run")
         return self._drive(driver, plan, args, timeout_s, trace, on_text)
 
@@ -100,7 +102,7 @@ class Runtime:
         try:
             driver.drive()
         finally:
-            driver.cancel_all(RunError("interrupted"))
+            driver.cancel_all(Interrupted())
             self._running.discard(driver)
 
     def _new_driver(self) -> Driver:
@@ -109,7 +111,7 @@ class Runtime:
         return Driver(self)
 
     def _interrupt(self, driver: Driver) -> None:
-        driver.post(lambda: driver.cancel_all(RunError("interrupted")))
+        driver.post(lambda: driver.cancel_all(Interrupted()))
 
     async def run_async(
         self, plan: Plan, args: Sequence[Any], *, timeout_s: float | None = None, trace: Trace | None = None
@@ -137,16 +139,21 @@ class Runtime:
             if done is not None and not done.done():
                 done.set_result(None)
 
-        program = driver.start(
-            plan, args, timeout_s=timeout_s, trace=trace or self.trace, on_done=on_done, on_text=on_text
-        )
+        with driver.room():
+            program = driver.start(
+                plan, args, timeout_s=timeout_s, trace=trace or self.trace, on_done=on_done, on_text=on_text
+            )
+        item = driver.next_item()
         if not program.is_done:
             driver.end_turn()
-            done = loop.create_future()
             try:
-                await done
+                if item is not None:
+                    await driver.work(item, _this_task())
+                if not program.is_done:
+                    done = loop.create_future()
+                    await done
             except BaseException:
-                driver.cancel(program, RunError("interrupted"))
+                driver.cancel(program, Interrupted())
                 raise
             finally:
                 self._release(driver)
@@ -165,7 +172,7 @@ class Runtime:
         return driver
 
     def _release(self, driver: Driver) -> None:
-        if not driver.active and driver.loop is not None:
+        if not driver.active and not driver.hooks and driver.loop is not None:
             self._drivers.pop(driver.loop, None)
 
     # -- many programs
@@ -199,7 +206,7 @@ class Runtime:
         return feed.result()
 
     def _map(self, driver: Driver, feed: _Feed) -> None:
-        driver.after_turn = feed.admit
+        driver.hooks.append(feed.admit)
         feed.admit()
         if driver.active:
             self._drive_to_end(driver)
@@ -217,26 +224,29 @@ class Runtime:
     ) -> list[Outcome]:
         """`map` inside the running loop."""
         loop = asyncio.get_running_loop()
-        driver = Driver(self, loop)  # its own: admission is per call; lanes are shared all the same
+        driver = self._loop_driver(loop)
         feed = _Feed(driver, plan, inputs, concurrency, timeout_s, on_done, trace or self.trace)
         done = loop.create_future()
 
-        def after_turn() -> None:
+        def hook() -> None:
             feed.admit()
-            if not driver.active and not done.done():
+            if not feed.active and not done.done():
                 done.set_result(None)
 
-        driver.after_turn = after_turn
+        driver.hooks.append(hook)
         try:
             driver.end_turn()
             await done
             feed.check()
         except BaseException as error:
             feed.stop()
-            driver.cancel_all(RunError("interrupted"))
+            feed.cancel()
             clean(error)
             error.outcomes = dict(feed.outcomes)  # type: ignore[attr-defined]
             raise
+        finally:
+            driver.hooks.remove(hook)
+            self._release(driver)
         return feed.result()
 
     # -- streams
@@ -260,7 +270,8 @@ class Runtime:
             except BaseException as error:
                 pieces.put(("error", error))
 
-        thread = threading.Thread(target=work, name=f"{self.name}-stream", daemon=True)
+        context = copy_context()
+        thread = threading.Thread(target=lambda: context.run(work), name=f"{self.name}-stream", daemon=True)
         thread.start()
         sent = _Sent()
         try:
@@ -326,6 +337,7 @@ class Runtime:
             raise
         finally:
             task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     # -- single operations, outside any workflow
     def call(self, kind: str, resource: str, *operands: Any, model: Any = None, **options: Any) -> Any:
@@ -444,60 +456,71 @@ class _Feed:
         self.on_done = on_done
         self.trace = trace
         self.outcomes: dict[int, Outcome] = {}
+        self.context = copy_context()
         self.total = 0
-        self.is_over = False
+        self.active: dict[int, Program] = {}
+        self.is_over = self.is_stopped = False
         self.failure: BaseException | None = None
 
     def admit(self) -> None:
-        active = self.driver.active
-        while len(active) < self.concurrency and not self.is_over:
+        """Starts programs as long as there are inputs and fewer than `concurrency` in flight."""
+        while len(self.active) < self.concurrency and not self.is_over:
             try:
                 index, args = next(self.inputs)
             except StopIteration:
                 self.is_over = True
                 return
             except BaseException as error:  # the caller's iterable: the programs in flight still finish
-                self.is_over = True
-                self.failure = error
+                self._fail(error)
                 return
             self.total = index + 1
+            ended = functools.partial(self._ended, index)
             try:
-                self.driver.start(
+                program = self.driver.start(
                     self.plan,
                     args,
                     timeout_s=self.timeout_s,
                     trace=self.trace,
-                    on_done=lambda program, index=index: self._ended(index, program),  # type: ignore[misc]
+                    on_done=ended,
+                    context=self.context.copy(),
                 )
-            except TypeError as error:
+            except TypeError as error:  # too few or too many arguments
                 self._tell(index, Outcome(None, error, 0.0))
+                continue
+            if not program.is_done:
+                self.active[index] = program
 
     def _ended(self, index: int, program: Program) -> None:
+        self.active.pop(index, None)
         error = program.error
+        if isinstance(error, Interrupted) or self.is_stopped:
+            return
+        if isinstance(error, KeyboardInterrupt):  # in the middle of a program's own Python: it means all of them
+            self._fail(error)
+            self.stop()
+            self.driver.post(self.cancel)
+            return
         if error is not None:
             clean(error)
-        if self.failure is None and isinstance(error, KeyboardInterrupt):
-            self.stop()
-            self.failure = error
-            self.driver.post(lambda: self.driver.cancel_all(RunError("interrupted")))
-            return
-        if self.is_over and self.failure is not None and isinstance(self.failure, KeyboardInterrupt):
-            return
         self._tell(index, Outcome(program.value, error, self.driver.now() - program.started_s))
 
     def _tell(self, index: int, outcome: Outcome) -> None:
-        if self.is_stopped:
-            return
         self.outcomes[index] = outcome
         if self.on_done is not None:
             try:
                 self.on_done(index, outcome)
             except BaseException as error:
-                if self.failure is None:
-                    self.failure = error
-                self.is_over = True
+                self._fail(error)
 
-    is_stopped = False
+    def _fail(self, error: BaseException) -> None:
+        """The `map` itself fails, once what is in flight has ended."""
+        self.is_over = True
+        if self.failure is None:
+            self.failure = error
+
+    def cancel(self) -> None:
+        for program in list(self.active.values()):
+            self.driver.cancel(program, Interrupted())
 
     def stop(self) -> None:
         self.is_over = self.is_stopped = True
@@ -557,6 +580,12 @@ async def _ask(lane: Lane, kind: str, request: Any) -> Any:
     if isinstance(answer, BaseException):
         raise answer
     return answer
+
+
+def _this_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 def _has_running_loop() -> bool:

@@ -48,15 +48,14 @@ def _arguments(method: str, batch: list[LaneItem]) -> tuple[Any, ...]:
     requests = [item.request for item in batch]
     if method != "generate":
         return (requests,)
-    on_text = None
-    if any(item.on_text is not None for item in batch):
 
-        def on_text(index: int, piece: str) -> None:
-            to = batch[index].on_text
-            if to is not None and not batch[index].dead:
-                to(piece)
+    def on_text(index: int, piece: str) -> None:
+        to = batch[index].on_text
+        if to is not None and not batch[index].dead:
+            to(piece)
 
-    return (requests, on_text, lambda index: batch[index].dead)
+    listens = any(item.on_text is not None for item in batch)
+    return (requests, on_text if listens else None, lambda index: batch[index].dead)
 
 
 def _pair(batch: list[LaneItem], answers: Sequence[Any], name: str) -> list[Answer]:
@@ -187,6 +186,15 @@ class LoopLane:
         self.deliver = deliver
         self.queue: deque[LaneItem] = deque()
         self.task: asyncio.Task[list[Answer]] | None = None
+        self.batch: list[LaneItem] = []
+
+    def forget(self, item: LaneItem) -> None:
+        """Takes a cancelled item out; a call that nobody waits for any more is cancelled itself."""
+        if self.task is not None and item in self.batch:
+            if all(other.dead for other in self.batch):
+                self.task.cancel()
+        elif item in self.queue:
+            self.queue.remove(item)
 
     def put(self, items: Iterable[LaneItem]) -> None:
         self.queue.extend(items)
@@ -194,15 +202,15 @@ class LoopLane:
             self._next()
 
     def _next(self) -> None:
-        while self.queue and self.queue[0].dead:
-            self.queue.popleft()
         if self.queue:
-            batch = [item for item in next_wavefront(self.queue, self.lane.max_batch) if not item.dead]
+            batch = next_wavefront(self.queue, self.lane.max_batch)
+            self.batch = batch
             self.task = self.loop.create_task(self._serve(batch))
             self.task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[list[Answer]]) -> None:
         self.task = None
+        self.batch = []
         if not task.cancelled():
             self.deliver(task.result())
         if self.task is None:
@@ -227,14 +235,9 @@ class LoopLane:
 
 def note_batch(batch: list[LaneItem], lane: str, method: str, start_s: float, end_s: float) -> None:
     """Tells the traces of a batch's programs about it, each once."""
-    seen: set[int] = set()
-    for item in batch:
-        frame = item.frame
-        trace = frame.program.trace if frame is not None else None
-        if trace is not None:
-            if id(trace) not in seen:
-                seen.add(id(trace))
-                trace.batch(lane, method, batch, start_s, end_s)
+    traces = {id(t): t for item in batch if item.record is not None and (t := item.frame.program.trace) is not None}
+    for trace in traces.values():
+        trace.batch(lane, method, batch, start_s, end_s)
 
 
 class ThreadPool:

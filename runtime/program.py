@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .plan import Block, Instruction, LaneNode, Plan, Target
-from .requests import label_of
-from .trace import Kind, Trace, traced_code
+from .requests import read_answer
+from .trace import Kind, Record, Trace, traced_code
 
 if TYPE_CHECKING:
-    from asyncio import Future
-
     from .driver import Cancellable, Driver
+    from .lanes import Lane
 
 # What happens when a frame is done.
 ROOT, PLAIN, CONDITION, BODY, ITEM, ITEMS, PARALLEL_ITEM, TRY, HANDLER, CALLEE = range(10)
@@ -96,30 +95,15 @@ NOTHING_READY: list[int] = []
 class Handle:
     """Something that an instruction waits for. Once `dead`, what it may still answer is of no interest."""
 
-    __slots__ = (
-        "batch",
-        "dead",
-        "driver",
-        "ended_s",
-        "frame",
-        "index",
-        "number",
-        "out",
-        "queued_s",
-        "started_s",
-        "timer",
-    )
+    __slots__ = ("dead", "driver", "frame", "index", "out", "record", "timer")
 
-    def __init__(self, driver: Driver, frame: Frame, index: int, out: Any) -> None:
-        self.driver = driver
-        self.frame = frame
-        self.index = index
-        self.out = out
-        self.dead = False
-        self.timer: Cancellable | None = None
-        self.number = 0  # this and the following are for the trace
-        self.queued_s = self.started_s = self.ended_s = 0.0
-        self.batch = 1
+    driver: Any  # that gets the answer
+    frame: Frame
+    index: int
+    out: Any
+    dead: bool
+    timer: Cancellable | None
+    record: Record | None  # what the trace notes of it
 
     @property
     def where(self) -> str:
@@ -128,9 +112,10 @@ class Handle:
 
     def note_end(self, kind: Kind) -> None:
         """Tells the trace, if there is one."""
-        trace = self.frame.program.trace if self.frame is not None else None
-        if trace is not None:
-            trace.ended(self, kind, label_of(self.frame.block.ops[self.index]), self.where)
+        if self.record is not None:
+            trace = self.frame.program.trace
+            assert trace is not None
+            trace.ended(self, self.record, kind, self.frame.block.ops[self.index], self.where)
 
     def cancel(self) -> None:
         if not self.dead:
@@ -146,9 +131,16 @@ class LaneItem(Handle):
 
     __slots__ = ("key", "lane", "node", "on_text", "request")
 
-    def __init__(self, driver: Any, frame: Any, index: int, node: Any, lane: Any, request: Any, key: Any) -> None:
-        super().__init__(driver, frame, index, node.out if node is not None else None)
-        self.node: LaneNode = node
+    def __init__(
+        self, driver: Any, frame: Any, index: int, node: LaneNode | None, lane: Lane, request: Any, key: tuple[Any, ...]
+    ) -> None:
+        self.driver = driver
+        self.frame = frame
+        self.index = index
+        self.out = node.out if node is not None else None
+        self.dead = False
+        self.timer = self.record = None
+        self.node = node
         self.lane = lane
         self.request = request
         self.key = key
@@ -158,9 +150,14 @@ class LaneItem(Handle):
     def where(self) -> str:
         return str(self.lane.label)
 
+    def read(self, answer: Any) -> Any:
+        """The operation's value from the backend's answer."""
+        node = self.node
+        return answer if node is None else read_answer(node.kind, self.request, answer, node.model)
+
     def cancel(self) -> None:
         super().cancel()
-        self.lane.forget(self)
+        self.driver.forget(self)
 
 
 class CallItem(Handle):
@@ -178,12 +175,17 @@ class CallItem(Handle):
         args: Sequence[Any],
         kwargs: dict[str, Any],
     ) -> None:
-        super().__init__(driver, frame, index, out)
+        self.driver = driver
+        self.frame = frame
+        self.index = index
+        self.out = out
+        self.dead = False
+        self.timer = self.record = None
         self.target = target
         self.args = args
         self.kwargs = kwargs
         self.attempt = 0
-        self.task: Future[Any] | Any = None  # the task, or the coroutine that is not one yet
+        self.task: Any = None  # the task that awaits it, or the coroutine that nobody awaits yet
 
     @property
     def where(self) -> str:

@@ -148,7 +148,14 @@ def _inner_code(
     module = compile(tree, scope.filename or "<flowc>", "exec", dont_inherit=True)
     code = next(c for c in module.co_consts if isinstance(c, CodeType))
     found = next(c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == scope.function)
-    return found.replace(co_qualname=scope.function)
+    return _renamed(found, f"%factory.<locals>.{scope.function}", scope.function)
+
+
+def _renamed(code: CodeType, prefix: str, new: str) -> CodeType:
+    """The code with qualified names that begin with `prefix` changed, in the functions inside it too."""
+    consts = tuple(_renamed(c, prefix, new) if isinstance(c, CodeType) else c for c in code.co_consts)
+    name = code.co_qualname
+    return code.replace(co_qualname=new + name.removeprefix(prefix) if name.startswith(prefix) else name, co_consts=consts)
 
 
 def _function(code: CodeType, scope: Scope, extra: Mapping[str, Any]) -> Fn:
@@ -660,7 +667,7 @@ class _Fused:
         return [
             *_set_all(carried, args[1:]),
             *(_set(name, ast.List([], ast.Load())) for name in lists),
-            ast.For(ast.Name(item, ast.Store()), args[0], inner, []),
+            ast.For(ast.Name(item, ast.Store()), args[0], inner or [ast.Pass()], []),
             *_set_all(names, [_load(n) for n in [*carried, *lists]]),
         ]
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from flowc.ir.core import Op
 from flowc.ir.errors import Loc
 
 from .plan import CALL0, CALL1, CALL2, CALLN, TOOL, Block, Instruction
@@ -40,6 +41,19 @@ class Event(NamedTuple):
     size: int = 1  # of a batch
     number: int = 0  # ties the events of one operation's run together; of a batch: its own number
     items: tuple[int, ...] = ()  # of a batch: the numbers of its operations
+
+
+class Record:
+    """When something that waits was queued, began to run and ended; None where it has not come to that."""
+
+    __slots__ = ("batch", "ended_s", "number", "queued_s", "started_s")
+
+    def __init__(self, number: int, queued_s: float) -> None:
+        self.number = number
+        self.queued_s = queued_s
+        self.started_s: float | None = None
+        self.ended_s: float | None = None
+        self.batch = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,45 +88,36 @@ class Trace:
         name = program.plan.name if error is None else f"{program.plan.name}: {type(error).__name__}"
         self.events.append(Event(kind, now, program.id, name, "program", seconds=now - program.started_s))
 
-    def queued(self, handle: Handle, label: str, lane: str) -> None:
-        handle.number = next(self._numbers)
-        handle.queued_s = handle.driver.now()
-        program = handle.frame.program.id
-        self.events.append(Event("queued", handle.queued_s, program, label, lane, number=handle.number))
-
-    def started(self, handle: Handle) -> None:
-        handle.started_s = handle.driver.now()
-
-    def batch(self, lane: str, method: str, items: Iterable[LaneItem], start_s: float, end_s: float) -> None:
-        mine = [item for item in items if item.frame is not None and item.frame.program.trace is self]
-        for item in mine:
-            item.started_s, item.ended_s, item.batch = start_s, end_s, len(mine)
-        numbers = tuple(item.number for item in mine)
+    def queued(self, handle: Handle, op: Op, lane: str) -> None:
+        """Something begins to wait; its record goes along with it."""
+        now = handle.driver.now()
+        handle.record = Record(next(self._numbers), now)
         self.events.append(
-            Event(
-                "batch",
-                start_s,
-                0,
-                method,
-                lane,
-                None,
-                end_s - start_s,
-                size=len(mine),
-                number=next(self._numbers),
-                items=numbers,
-            )
+            Event("queued", now, handle.frame.program.id, label_of(op), lane, op.loc, number=handle.record.number)
         )
 
-    def ended(self, handle: Handle, kind: Kind, label: str, lane: str) -> None:
+    def batch(self, lane: str, method: str, items: Iterable[LaneItem], start_s: float, end_s: float) -> None:
+        """A backend's call ended."""
+        mine = [item.record for item in items if item.record is not None and item.frame.program.trace is self]
+        for record in mine:
+            record.started_s, record.ended_s, record.batch = start_s, end_s, len(mine)
+        numbers = tuple(record.number for record in mine)
+        length = end_s - start_s
+        number = next(self._numbers)
+        self.events.append(
+            Event("batch", start_s, 0, method, lane, None, length, size=len(mine), number=number, items=numbers)
+        )
+
+    def ended(self, handle: Handle, record: Record, kind: Kind, op: Op, lane: str) -> None:
+        """What waited is over."""
         now = handle.driver.now()
-        frame = handle.frame
-        op = frame.block.ops[handle.index]
-        end = handle.ended_s or now
-        start = handle.started_s or end
+        end = now if record.ended_s is None else record.ended_s
+        start = end if record.started_s is None else record.started_s
+        waited_s, behind_s = max(0.0, start - record.queued_s), max(0.0, now - end)
         self.events.append(
             Event(
-                kind, now, frame.program.id, label, lane, op.loc,
-                max(0.0, end - start), max(0.0, start - handle.queued_s), max(0.0, now - end), handle.batch, handle.number,
+                kind, now, handle.frame.program.id, label_of(op), lane, op.loc,
+                max(0.0, end - start), waited_s, behind_s, record.batch, record.number,
             )
         )  # fmt: skip
 
