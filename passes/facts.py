@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import heapq
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 
@@ -24,6 +25,7 @@ STATIC = frozenset({"const", "undef"})
 UNIQUE = frozenset({"bound", "load"})
 """They give back an object that exists already; every other op that makes a list makes a new one."""
 
+_IDENTITY = re.compile(r"\b(is|id)\b")  # Python text that may tell two equal objects apart
 _FROZEN_ATOMS = frozenset({"text", "int", "float", "bool", "none", "bytes", "doc", "docs", "range", "never"})
 
 
@@ -174,13 +176,15 @@ class Facts:
         )
 
     def only_reads(self, op: Op, operand: int) -> bool:
-        """Does the op neither change the object given as this operand nor keep or pass on a reference to it?"""
+        """Does the op neither change the object given as this operand, nor pass it on, nor ask which object it is?"""
         if op.name == "if":
             return True
         if op.name in ("foreach", "append", "concat"):  # they take items out of it
             t = op.operands[operand].type
             is_taken = operand == 0 or op.name == "concat"
             return is_taken and t.name in ("list", "sequence", "tuple", "docs") and all(map(is_frozen, t.args))
+        if op.name == "py" and _IDENTITY.search(str(op.attrs["source"])):
+            return False
         return not op.regions and not self.effect(op).writes and all(is_frozen(v.type) for v in op.results)
 
     # -- dependencies

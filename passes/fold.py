@@ -43,6 +43,8 @@ from typing import Any, ClassVar
 
 from flowc.ir.core import Attr, Attrs, Graph, Op, Region, Value, walk
 from flowc.ir.templates import join_template, split_template
+from flowc.ir.types import type_of
+from flowc.ir.verifier import subsumes
 
 from .core import Estimate, Match, Replacement, Rewrite, Verdict, plural
 from .cost import CostModel
@@ -254,6 +256,8 @@ class _Folder:
             self.unbound = _maybe_unbound(self.graph)
         if op.operands[0].name in self.unbound:
             return Site(op, verdict=Verdict(False, f"there is a path on which `{op.attr('variable')}` is not bound"))
+        if not subsumes(op.result.type, op.operands[0].type):
+            return None
         values = {op.result.name: op.operands[0]}
         return Site(
             op,
@@ -286,7 +290,9 @@ class _Folder:
             return None
         except (ArithmeticError, TypeError, ValueError, LookupError) as e:
             return Site(op, verdict=Verdict(False, f"it raises {type(e).__name__}, as it must when it runs"))
-        return Site(op, replacement=Replacement((_const(op, value),), detail=f"always {value!r:.60}"))
+        if not subsumes(op.result.type, type_of(value)):
+            return None
+        return Site(op, replacement=Replacement((_const(op, value),), detail=f"always {repr(value)[:60]}"))
 
 
 def _const(op: Op, value: Attr) -> Op:
@@ -345,6 +351,13 @@ def _maybe_unbound(graph: Graph) -> set[str]:
                 flow(op.operands, op.results)
             case "store":
                 flow(op.operands[1:], op.operands[:1])
+            case "py" if isinstance(outs := op.attrs.get("outs"), tuple):
+                given = dict(zip(op.attrs["params"], op.operands, strict=True))  # type: ignore[arg-type]
+                for out, result in zip(outs, op.results, strict=True):
+                    if out in given:  # statements that may leave the variable as it was
+                        flow((given[out],), (result,))
+                if re.search(r"\bdel\b|\bas\b", str(op.attrs["source"])):  # or unbind it themselves
+                    found.extend(result.name for result in op.results)
             case _:
                 for region in op.regions:
                     flow(region.yields, op.results)

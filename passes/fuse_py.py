@@ -89,7 +89,7 @@ class FusePy(Pass):
             return replace(region, ops=tuple(ops)) if is_changed else region
 
         def on_single(op: Op) -> Op:
-            if op.name == "py":
+            if op.name == "py" and facts.waits(op):
                 remarks.append(self.remark(describe(op), op.loc, _AWAITS, fired=False))
             if op.name == "fused" or not op.regions:
                 return op
@@ -150,9 +150,27 @@ def _units(region: Region, facts: Facts) -> list[_Unit]:
     follow is in that group or in one begun before; so every dependency between groups points back, and the order in
     which they were begun is a legal program order.
     """
-    ops = region.ops
     data = facts.data_dependencies(region)
     state = facts.order(region, ordered=False)
+    apart: set[int] = set()
+    while True:
+        units = _units_with(region, facts, data, state, apart)
+        unit_of = {i: u for u, unit in enumerate(units) for i in unit.members}
+        escaping = {
+            d
+            for i, deps in enumerate(data)
+            for d in deps
+            if region.ops[d].name == "cell" and unit_of[d] != unit_of[i] and d not in apart
+        }
+        if not escaping:
+            return units
+        apart |= escaping  # a variable's cell is nothing that an op gives to another: it stays apart or goes with all uses
+
+
+def _units_with(
+    region: Region, facts: Facts, data: list[set[int]], state: list[tuple[int, ...]], apart: set[int]
+) -> list[_Unit]:
+    ops = region.ops
     is_quick = [not facts.waits(op) and not facts.is_observable(op) and facts.effect(op).is_pure for op in ops]
     ready = _readiness(region, data, state, is_quick, facts)
     unit_of: list[int] = []
@@ -163,12 +181,12 @@ def _units(region: Region, facts: Facts) -> list[_Unit]:
         follows = max((unit_of[d] for deps in (data[i], state[i]) for d in deps), default=-1)
         if facts.is_observable(op):
             follows = max(follows, last_observable)
-        if facts.waits(op) or op.name == "fused":
+        if facts.waits(op) or op.name == "fused" or i in apart:
             unit = len(units)
             units.append(_Unit([i]))
             if op.name == "fused":
                 open_units.pop(ready[i], None)
-            else:
+            elif i not in apart:
                 last_waiting = unit
         else:
             unit = open_units.get(ready[i], -1)

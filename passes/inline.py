@@ -22,8 +22,8 @@ After:
 
 Source: Allen and Cocke, "A Catalogue of Optimizing Transformations", 1971, procedure integration. Helium and Halo do
 it to whole agent workflows before they look for what is common.
-Legal when: the called workflow is known and does not call itself, and its tools and models, and the workflows that it
-still calls, are not others of the same name than the caller's.
+Legal when: the called workflow is known and does not call itself, its parameters hold what it is given, and its tools
+and models, and the workflows that it still calls, are not others of the same name than the caller's.
 Pays when: always, until the workflow has grown to `max_ops` operations.
 """
 
@@ -35,6 +35,7 @@ from typing import ClassVar
 
 from flowc.ir.core import Attrs, Graph, Names, Op, Region, Value, names_in, walk
 from flowc.ir.printer import called_names
+from flowc.ir.verifier import subsumes
 
 from .core import Edits, Estimate, Outcome, Pass, Remark, Replacement, Verdict, describe, plural
 from .cost import CostModel
@@ -69,6 +70,9 @@ class Inline(Pass):
             and any(op.name in _SCOPED and "scope" not in op.attrs for op in walk(callee.body))
         ):
             return Verdict(False, "its plain Python names no scope and would run in the caller's")
+        for param, operand in zip(callee.params, call.operands, strict=True):
+            if not subsumes(param.type, operand.type):
+                return Verdict(False, f"`{param.name}` is {param.type} there, and it is given {operand.type}")
         for name, meaning in _symbols(callee).items():
             if into.symbols_used.get(name, meaning) != meaning:
                 return Verdict(False, f"its `{name}` is not what the caller calls `{name}`")
