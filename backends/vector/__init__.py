@@ -44,7 +44,7 @@ def build_index(
 
     A passage's id is its position. Without an embedder the index is a BM25 index of words; with one it is an index of
     vectors: flat below 50,000 passages, inverted lists (FAISS IVF) above or if `nlist` is given, with `nprobe` measured
-    on the index's own vectors. `vectors`, of shape (len(passages), embedder.dim), spares the embedding: they must come
+    on excerpts of the passages. `vectors`, of shape (len(passages), embedder.dim), spares the embedding: they must come
     from `embedder`, whose fingerprint they are stored under. `progress` is called with (stage, done, total).
 
     The save is atomic: an index that was at `out` stays whole until the new one is on the disk, and readers that have
@@ -138,8 +138,8 @@ def index_info(
 ) -> IndexInfo:
     """What the index at `path` is, after every file was read and found to match its checksum.
 
-    With `recall` also recall@k by nprobe against a scan of all lists: on `sample` of the index's own vectors, or on
-    `queries`, which are embedded for it. Raises as `open_index`.
+    With `recall` also recall@k by nprobe against a scan of all lists: on excerpts of `sample` of its passages (on their
+    vectors, which is easier, if the embedder is not installed), or on `queries`. Raises as `open_index`.
     """
     try:
         from .info import inspect_index

@@ -12,7 +12,7 @@ import numpy as np
 from flowc.ir.errors import ResourceError
 
 from .bm25 import BM25Retriever
-from .ivf import IVFRetriever, own_queries, recall_table
+from .ivf import IVFRetriever, excerpts, own_queries, recall_table
 
 __all__ = ["IndexInfo", "inspect_index"]
 
@@ -98,9 +98,17 @@ def inspect_index(
             table = recall_table(index.lists, np.ascontiguousarray(index.embedder.embed(list(queries))), k=k)
             on = f"{len(queries)} given queries"
         else:
-            own = own_queries(manifest.count, sample)
-            table = recall_table(index.lists, index.vectors(own), k=k, own=own)
-            on = f"{len(own)} of the index's own vectors"
+            try:
+                texts = [index.store.row(at)["text"] for at in own_queries(manifest.count, sample).tolist()]
+                vectors = index.embedder.embed(excerpts(texts, sample))
+                table = recall_table(index.lists, np.ascontiguousarray(vectors, dtype=np.float32), k=k)
+                on = f"excerpts of {len(vectors)} passages"
+            except ResourceError as e:
+                if e.code == "F062":
+                    raise
+                own = own_queries(manifest.count, sample)  # the embedder is not here: an easier measure, and named so
+                table = recall_table(index.lists, index.vectors(own), k=k, own=own)
+                on = f"{len(own)} of the index's own vectors (the embedder could not be opened)"
         return dataclasses.replace(info, recall_k=k, recall_on=on, recall=table)
     finally:
         index.close()

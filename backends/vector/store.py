@@ -311,7 +311,12 @@ class IndexWriter:
                     code="F060",
                     hint="wait until it has finished",
                 ) from None
-            self._folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.out))
+            try:
+                self._folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.out))
+            except OSError:
+                os.close(self._lock)
+                self._lock = None
+                raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -54,8 +54,9 @@ def test_questions_have_answers_and_are_not_in_them(pydocs: Bundle) -> None:
     for query in pydocs.queries():
         assert query.relevant
         assert all(0 <= i < len(pydocs.passages) for i in query.relevant)
-    everything = "\n".join(f"{p.title}\n{p.text}" for p in pydocs.passages if p.source.startswith("faq/"))
-    assert [q.text for q in pydocs.queries("faq") if q.text in everything] == []
+    for query in pydocs.queries("faq"):  # another page may name the question, its own answers may not
+        answers = [pydocs.passages[i] for i in query.relevant]
+        assert not any(query.text in p.text or query.text in p.title for p in answers)
 
 
 @pytest.mark.models
@@ -79,7 +80,7 @@ def test_inverted_lists_lose_little(pydocs: Bundle, tmp_path: Path) -> None:
     manifest = index_bundle(pydocs.path, tmp_path / "ivf", kind="ivf")
     assert manifest.nlist == 256
     assert manifest.nprobe < 256
-    assert recall(tmp_path / "ivf", pydocs, "faq") >= 0.70
+    assert recall(tmp_path / "ivf", pydocs, "faq") >= 0.72
     info = index_info(tmp_path / "ivf", recall=True, sample=100, queries=[q.text for q in pydocs.queries("faq")[::4]])
     assert info.recall is not None
     assert info.recall[256] == 1.0
