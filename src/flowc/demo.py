@@ -21,6 +21,7 @@ from flowc.ir.errors import ResourceError
 from flowc.ir.values import Docs
 
 from .engine import INDEXES, bind
+from .pictures.html import page_of
 
 QUESTIONS = (
     "How do I sort a dictionary by its values?",
@@ -62,8 +63,8 @@ def build_demo_index(folder: Path, out: Path = INDEX) -> int:
 
     with gzip.open(folder / "passages.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    passages = [Passage(text=r["text"], title=r.get("title", ""), source=r.get("doc") or r.get("source", "")) for r in rows]
-    vectors = np.load(folder / "embeddings.f16.npy")
+    passages = [Passage(r["text"], title=r["title"], source=r["source"]) for r in rows]
+    vectors = np.load(folder / "vectors.fp16.npy")
     build_index(passages, open_embedder("minilm"), out, kind="ivf", vectors=vectors)
     return len(passages)
 
@@ -100,11 +101,9 @@ def main() -> int:
     results.raise_errors()
     say(f"\n{len(QUESTIONS)} programs side by side in {spent:.1f} s, loading the embedder included.")
 
-    from .pictures import write_html
-
     page = Path("out") / "demo" / "answer.html"
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_html(plan.compilation, page)
+    page.write_text(page_of(plan.compilation), encoding="utf-8", errors="backslashreplace")
     say("The answers are sentences copied by the bundled extractive reader; it is not a language model.")
     say(f"The plan, before and after: {page}")
     say(f"Done in {time.perf_counter() - started:.1f} s.")
