@@ -1,5 +1,7 @@
 """What can be known without running."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 
@@ -444,7 +446,7 @@ def test_prompts_of_random_graphs(g: Graph) -> None:
     for prefix in static_prefix(g):
         assert prefix.op.name in analyses.PROMPTED
         texts = [p.value is None for p in prefix.pieces]
-        assert not any(a and b for a, b in zip(texts, texts[1:], strict=False))  # neighbours are merged
+        assert not any(a and b for a, b in pairwise(texts))  # neighbours are merged
         assert all(p.is_late == (p.value.name in late) for p in prefix.pieces if p.value is not None)
     for op in walk(g.body):
         if analyses.is_lane_op(op):
