@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 from flowc.ir.errors import CaptureError, InputError
 from flowc.ir.types import ANY, Type
 
-from .host import EAGER, Executable, MapResult, eager_mode, host
+from .host import EAGER, Executable, Host, MapResult, eager_mode, host
 from .signatures import argument_types, parameter_types
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Workflow(Runner[P, R]):
         self.max_iterations = max_iterations
         self._declared = parameter_types(self.signature)
         self._captured: dict[tuple[Type, ...], tuple[Graph, tuple[Guard, ...]]] = {}
-        self._compiled: dict[tuple[Any, ...], tuple[Graph, Executable]] = {}
+        self._compiled: dict[tuple[Any, ...], tuple[Graph, Host, Executable]] = {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The result; of an `async def` an awaitable of it."""
@@ -204,9 +204,9 @@ class Workflow(Runner[P, R]):
         graph = self._capture(types)
         key = (types, opt, passes)
         found = self._compiled.get(key)
-        if found is None or found[0] is not graph:
-            found = self._compiled[key] = (graph, host().compile_graph(graph, opt, passes))
-        return found[1]
+        if found is None or found[0] is not graph or found[1] is not host():  # after `shutdown` there is another host
+            found = self._compiled[key] = (graph, host(), host().compile_graph(graph, opt, passes))
+        return found[2]
 
     def _capture(self, types: tuple[Type, ...]) -> Graph:
         found = self._captured.get(types)

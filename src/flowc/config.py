@@ -373,52 +373,38 @@ def _checked(kind: type[T], table: Mapping[str, Any], entry: _Entry) -> T:
     return made
 
 
+_WANTED = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    Path: "a path",
+    dict: "a table",
+}
+
+
 def _read_value(entry: _Entry, meta: Mapping[str, Any]) -> Any:
     """The entry's value, checked; texts from the environment are converted, relative paths completed."""
-    kind, value, name = meta["kind"], entry.value, ".".join(entry.path)
-    wanted = {
-        str: "a text",
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        Path: "a path",
-        dict: "a table",
-    }[kind]
-    if entry.origin.startswith("environment") and isinstance(value, str):
-        try:
-            if kind in (int, float):
-                value = kind(value)
-            elif kind is bool:
-                value = {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-            elif kind is dict:
-                value = tomllib.loads(f"v = {value}")["v"]
-        except (ValueError, KeyError):
-            raise _error(f"`{name}` takes {wanted}, not {entry.value!r}", entry, meta["doc"]) from None
-    if kind is float and type(value) is int:
-        value = float(value)
-    fits = (
-        isinstance(value, str | Path)
-        if kind is Path
-        else isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-    )
-    if not fits:
-        raise _error(f"`{name}` takes {wanted}, not {value!r}", entry, meta["doc"])
+    kind: type = meta["kind"]
+    name = ".".join(entry.path)
+    value = _converted(entry, kind)
+    accepted = (str, Path) if kind is Path else kind
+    if not isinstance(value, accepted) or (type(value) is bool) != (kind is bool):  # True is no whole number
+        raise _error(f"`{name}` takes {_WANTED[kind]}, not {entry.value!r}", entry, meta["doc"])
     if kind is dict:
         for key, item in value.items():
             if not isinstance(item, str | int | float | bool):
-                raise _error(
-                    f"`{name}.{key}` takes a text, a number or true or false, not {item!r}", entry, meta["doc"]
-                )
+                message = f"`{name}.{key}` takes a text, a number or true or false, not {item!r}"
+                raise _error(message, entry, meta["doc"])
         return MappingProxyType(dict(value))
-    if meta["choices"] and value not in meta["choices"]:
-        shown = ", ".join(map(str, meta["choices"]))
+    choices, least = meta["choices"], meta["least"]
+    if choices and value not in choices:
+        known = [str(choice) for choice in choices]
         raise _error(
-            f"`{name}` cannot be {value!r}",
-            entry,
-            _meant(str(value), map(str, meta["choices"]), f"it is one of {shown}"),
+            f"`{name}` cannot be {value!r}", entry, _meant(str(value), known, f"it is one of {', '.join(known)}")
         )
-    if meta["least"] is not None and (value < meta["least"] or value != value):
-        raise _error(f"`{name}` cannot be {value!r}", entry, f"it is at least {meta['least']}")
+    if least is not None and not value >= least:  # NaN too
+        raise _error(f"`{name}` cannot be {value!r}", entry, f"it is at least {least}")
     if kind is Path:
         return (entry.base / Path(value).expanduser()).resolve()
     if entry.path[-1] == "model" and value:
@@ -426,6 +412,25 @@ def _read_value(entry: _Entry, meta: Mapping[str, Any]) -> Any:
         folder = entry.base / Path(value).expanduser()
         if folder.exists() or value.startswith((".", "~", "/")):
             return str(folder.resolve())
+    return value
+
+
+def _converted(entry: _Entry, kind: type) -> Any:
+    """The value in the wanted type where its text, or a whole number, says one; else as it is."""
+    value: Any = entry.value
+    if kind is float and type(value) is int:
+        return float(value)
+    if not entry.origin.startswith("environment") or not isinstance(value, str):
+        return value
+    try:
+        if kind in (int, float):
+            return kind(value)
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+        if kind is dict:
+            return tomllib.loads(f"v = {value}")["v"]
+    except (ValueError, KeyError):
+        pass
     return value
 
 

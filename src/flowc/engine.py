@@ -20,7 +20,7 @@ from typing import Any
 from flowc.backends.embed import open_embedder
 from flowc.backends.llm.factory import open_llm
 from flowc.backends.vector import open_index
-from flowc.dsl.host import MapResult
+from flowc.dsl.host import MapResult, set_host_factory
 from flowc.dsl.workflow import Runner
 from flowc.ir.core import Graph
 from flowc.ir.errors import ParseError, ResourceError
@@ -335,6 +335,7 @@ def shutdown() -> None:
     global _engine
     with _lock:
         engine, _engine = _engine, None
+        set_host_factory(default_engine)  # the language asks anew
     if engine is not None:
         engine.close()
 

@@ -403,7 +403,9 @@ def test_the_page_tells_of_passes_remarks_source_and_costs(tmp_path: Path) -> No
     compilation = PassManager(pipeline(2), level=2).run(graph)
     _, data = read_page(page_of(compilation))
     assert data["level"] == "-O2"
-    (file,) = data["sources"]  # type: ignore[misc, attr-defined]
+    sources = data["sources"]
+    assert isinstance(sources, list)
+    (file,) = sources
     assert file["first"] == 2
     assert file["lines"] == ["@workflow", "def answer(question):", "    first", "    second", "    return 1"]
     passes = data["passes"]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flowc.config import load_config
+from flowc.ir.errors import Loc, VerifyError
 
 from .console import emit, emit_json, fail, note, table, write_error, write_file
 from .targets import load_target
@@ -109,8 +110,13 @@ def opt(
 
     if passes is not None and level is not None:
         fail("-O and -p exclude each other")
-    graph = parse_graph(_read(file), "<stdin>" if file == "-" else file)
-    verify(graph)
+    name = "<stdin>" if file == "-" else file
+    graph = parse_graph(_read(file), name)
+    try:
+        verify(graph)
+    except VerifyError as error:
+        error.loc = error.loc or Loc(name, 0)  # text without locations: at least say which
+        raise
     compilation = _run_passes(graph, level, passes if passes is not None or level is not None else "")
     _check_names(print_after or (), [s.pass_name for s in compilation.stages])
     text = _text(compilation.graph)

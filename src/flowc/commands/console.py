@@ -83,8 +83,8 @@ def is_terminal(stream: TextIO) -> bool:
 
 def style(text: str, code: str, stream: TextIO | None = None) -> str:
     """The text in an ANSI style where the stream is a terminal and NO_COLOR is not set."""
-    stream = stream or sys.stderr
-    if not is_terminal(stream) or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+    out = sys.stderr if stream is None else stream
+    if not is_terminal(out) or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     return f"\x1b[{code}m{text}\x1b[0m"
 
@@ -203,11 +203,11 @@ def _umask() -> int:
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str], *, stream: TextIO | None = None) -> None:
     """Prints a table: by rich on a terminal, else as lines with tabs, which `cut` and `sort` understand."""
-    stream = stream or sys.stdout
-    if not is_terminal(stream):
+    out = sys.stdout if stream is None else stream
+    if not is_terminal(out):
         for row in (header, *rows):
-            stream.write("\t".join(cell.replace("\t", " ").replace("\n", " ") for cell in row) + "\n")
-        stream.flush()
+            out.write("\t".join(cell.replace("\t", " ").replace("\n", " ") for cell in row) + "\n")
+        out.flush()
         return
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -219,7 +219,7 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str], *, stream: TextI
         view.add_column(name, overflow="fold")
     for row in rows:
         view.add_row(*map(Text, row))  # Text: a `[` in a cell is no markup
-    Console(file=stream).print(view)
+    Console(file=out).print(view)
 
 
 class Progress:

@@ -231,14 +231,16 @@ def _embedder(name: str | None) -> Any:
 
 
 def _path(text: str) -> Path:
-    """The folder, or that of the index of this name in the configuration."""
-    if Path(text).exists() or "/" in text or "\\" in text:
-        return Path(text)
+    """The folder, or that of the index of this name: configured, or at its usual place."""
+    folder = Path(text)
+    if "/" in text or "\\" in text or (folder / "manifest.json").is_file():
+        return folder
     config = load_config()
     if text in config.index:
         return config.index[text].path
-    if (INDEXES / text).is_dir():
-        return INDEXES / text
+    for place in (INDEXES / text, folder):
+        if place.is_dir():
+            return place
     known = ", ".join(config.index)
     raise UsageError(
         f"there is no index folder {text}, and no [index.{text}] in the configuration",

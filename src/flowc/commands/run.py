@@ -292,7 +292,8 @@ class Answer:
 
 
 def same_value(a: Any, b: Any) -> bool:
-    """Equal, and of the same type all the way down. NaN equals NaN here: both programs computed it."""
+    """Equal, and of the same type all the way down. NaN equals NaN here: both programs computed it. Objects without an
+    equality of their own are compared by their attributes."""
     if type(a) is not type(b):
         return False
     if isinstance(a, float) and math.isnan(a):
@@ -303,9 +304,15 @@ def same_value(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(
             same_value(k, j) and same_value(v, w) for (k, v), (j, w) in zip(a.items(), b.items(), strict=True)
         )
-    if type(a).__module__ == "numpy" and hasattr(a, "tobytes"):
-        return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
-    return bool(a == b) or (not _compares(a) and repr(to_json(a)) == repr(to_json(b)))
+    if type(a).__module__ == "numpy":
+        return _same_array(a, b)
+    if a is b or _compares(a):
+        return a is b or bool(a == b)
+    return same_value(getattr(a, "__dict__", {}), getattr(b, "__dict__", {}))
+
+
+def _same_array(a: Any, b: Any) -> bool:
+    return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
 
 
 def _compares(value: Any) -> bool:

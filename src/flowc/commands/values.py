@@ -42,23 +42,17 @@ def bind_flags(signature: inspect.Signature, flags: list[str]) -> inspect.BoundA
 
 
 def bind_json(signature: inspect.Signature, value: Any, where: str) -> inspect.BoundArguments:
-    """The arguments that a JSON value means: an object gives them by name, a list in order, anything else is the only
-    one.
+    """The arguments that a JSON value means. An object gives them by name; a list in order, if the workflow takes more
+    than one; anything else is the only one.
 
-    An object is the only argument itself if the workflow takes one, and none of the object's keys is its name.
+    An object is itself the only argument if the parameter is annotated as a mapping and no key of it is its name.
     """
-    positional = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    parameters = signature.parameters
     if isinstance(value, dict):
-        names = set(signature.parameters)
-        if (
-            len(names) == 1
-            and value
-            and not names & value.keys()
-            and _takes_mapping(next(iter(signature.parameters.values())))
-        ):
-            return _bind(signature, (value,), {}, where)
-        return _bind(signature, (), value, where)
-    if isinstance(value, list) and not (len(positional) == 1 and len(value) != 1):
+        only = next(iter(parameters.values())) if len(parameters) == 1 else None
+        if only is None or only.name in value or not _takes_mapping(only):
+            return _bind(signature, (), value, where)
+    elif isinstance(value, list) and len(parameters) != 1:
         return _bind(signature, tuple(value), {}, where)
     return _bind(signature, (value,), {}, where)
 
