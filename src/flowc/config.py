@@ -25,7 +25,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -186,6 +185,8 @@ def load_config(
 
 
 def _parse(path: Path) -> dict[str, Any]:
+    import tomllib
+
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -388,7 +389,7 @@ def _read_value(entry: _Entry, meta: Mapping[str, Any]) -> Any:
     kind: type = meta["kind"]
     name = ".".join(entry.path)
     value = _converted(entry, kind)
-    accepted = (str, Path) if kind is Path else kind
+    accepted: Any = (str, Path) if kind is Path else kind
     if not isinstance(value, accepted) or (type(value) is bool) != (kind is bool):  # True is no whole number
         raise _error(f"`{name}` takes {_WANTED[kind]}, not {entry.value!r}", entry, meta["doc"])
     if kind is dict:
@@ -422,6 +423,8 @@ def _converted(entry: _Entry, kind: type) -> Any:
         return float(value)
     if not entry.origin.startswith("environment") or not isinstance(value, str):
         return value
+    import tomllib
+
     try:
         if kind in (int, float):
             return kind(value)

@@ -11,7 +11,6 @@ import errno
 import json
 import os
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -164,6 +163,8 @@ def write_file(path: Path, text: str) -> None:
                 stream.write(text)
             return
         target.parent.mkdir(parents=True, exist_ok=True)
+        import tempfile
+
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
         try:
             with open(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as stream:

@@ -8,7 +8,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,6 +94,8 @@ def _cores() -> int:
 
 
 def _package(name: str, status: str, hint: str, *, missing: str | None = None) -> Finding:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return Finding(name, "ok", version(name))
     except PackageNotFoundError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 import sys
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -83,6 +82,8 @@ class ResultWriter:
             note(f"{self._here} finished results are in {self._name}; the rest goes to stdout")
             self._fd, self._name = _stdout(), "stdout"
         elif self._name == "stdout":
+            import tempfile
+
             handle, name = tempfile.mkstemp(prefix="flowc-results-", suffix=".jsonl")
             note(f"{self._here} finished results went to stdout; the rest goes to {name}")
             self._fd, self._name = handle, name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import inspect
 import json
@@ -390,6 +389,7 @@ def _eager(workflow: Any, signature: inspect.Signature, row: Row) -> Any:
     result = _call(workflow.eager, signature, row)
     if not inspect.isawaitable(result):
         return result
+    import asyncio
 
     async def wait() -> Any:
         return await result

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from flowc import __version__
 
 __all__ = ["show_version"]
 
 
 def show_version() -> int:
-    """Prints the installed version; the exit code."""
-    try:
-        found = version("flowc")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        found = "0+unknown"
-    print(f"flowc {found}")
+    """Prints the version; the exit code."""
+    print(f"flowc {__version__}")
     return 0
