@@ -22,7 +22,8 @@ STOP_WORDS = frozenset(
     own please quite re really same say see shall she should so some somehow something such tell than that the
     their them then there these they thing things this those through to too under until up us use used uses using
     ve very want was way ways we well were what when where whether which while who whom whose why will with within
-    without won would yes you your don doesn didn isn aren wasn weren couldn wouldn shouldn hasn haven hadn t s d m""".split()
+    without won would yes you your don doesn didn isn aren wasn weren couldn wouldn shouldn hasn haven hadn t s d
+    m""".split()
 )
 _WORD = re.compile(r"[A-Za-z]\+\+|[A-Za-z_][A-Za-z0-9_]*|\d+(?:\.\d+)*")
 _ENDINGS = (  # (ending, what takes its place, shortest word it is taken from)
@@ -36,18 +37,20 @@ _SENTENCE_END = re.compile(
       | (?<!\s)\s+(?=>>>\s)""",  # an interpreter prompt
     re.VERBOSE,
 )
+_NEW_LINE = re.compile(r"\s*(?:[-*•]|\d+[.)])\s|\s*(?:>>>|\.\.\.|#|\$)|\s{2,}\S|[^a-zA-Z]*$")  # list item, code, rule
 _ABBREVIATION = re.compile(
-    r"(?:\b(?:e\.g|i\.e|etc|vs|cf|al|approx|resp|incl|Mr|Mrs|Dr|St|No|Fig|Sec|pp|ed)\.|(?:^|\s)\(?\w\.|(?:^|\s)[ivx]+\.)$"
+    r"(?:\b(?:e\.g|i\.e|etc|vs|cf|al|approx|resp|incl|Mr|Mrs|Dr|St|No|Fig|Sec|pp|ed)\.|(?:^|\s)\(?[A-Z]\.|(?:^|\s)[ivx]+\.)$"
 )
 
 _CODE = re.compile(
     r">>>|(?:^|\s)\.\.\.\s| [-+*/|&]?= | == |[{};]|\bdef \w+\(|\bimport \w+$|\bprint\(|#include|\bself\.|->|\s\$ |"
-    r"\bTraceback\b|\w=\w|\w\[\w+\]|  # "
+    r"\bTraceback\b|^for \w+ in .*:|\w=\w|\w\[\w+\]|  # "
 )
 _CHANGELOG = re.compile(
-    r"^\W*(?:New in version|Changed in version|Deprecated since|Added in|Removed in|Availability:|Source code:|See also|"
-    r"Raises an auditing|Contributed by|\(Contributed|Part of the Stable ABI|Return value:|PEP \d+)"
+    r"^\W*(?:New in version|Changed in version|Deprecated since|Added in|Removed in|Availability:|Source code:|"
+    r"See also|Raises an auditing|Contributed by|\(Contributed|Part of the Stable ABI|Return value:|PEP \d+)"
 )
+_POINTER = re.compile(r"^(?:(?:Please )?[Ss]ee |Refer to |Further explanation|For (?:more|further|details|a complete))")
 _DANGLING = re.compile(
     r"^(?:This|That|These|Those|It|Its|They|Such|However|But|And|So|Also|Then|Thus|Therefore|Hence|For example|"
     r"For instance|Here|In (?:this|that|these) |Otherwise|Instead|Similarly|Finally|Another|Yes\b|No\b|He|She|Both)\b"
@@ -105,11 +108,33 @@ def terms(text: str) -> list[str]:
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of `text`, in order; code after a colon or a `>>>` stands apart.
+    """The sentences of `text`, in order, each on one line; code and list items stand apart.
+
+    A line break ends a sentence unless the line looks wrapped: no full stop, and a length that text is wrapped to, or a
+    small letter after it.
 
     >>> split_sentences("Use sorted(), e.g. on lists. It returns a new list: >>> sorted([2, 1])")
     ['Use sorted(), e.g. on lists.', 'It returns a new list:', '>>> sorted([2, 1])']
     """
+    return [sentence for line in _unwrapped(text) for sentence in _sentences_of_line(line)]
+
+
+def _unwrapped(text: str) -> list[str]:
+    """The lines of `text`, those that were only wrapped joined again, without empty ones."""
+    lines: list[str] = []
+    last = ""  # the source line before this one
+    for raw in text.split("\n"):
+        line = " ".join(raw.split())
+        wrapped = last and last[-1] not in ".!?:;…" and (60 <= len(last) <= 100 or line[:1].islower())
+        if line and wrapped and not _NEW_LINE.match(raw) and not _NEW_LINE.match(last):
+            lines[-1] += " " + line
+        elif line:
+            lines.append(line)
+        last = line
+    return lines
+
+
+def _sentences_of_line(text: str) -> list[str]:
     sentences, start = [], 0
     for match in _SENTENCE_END.finditer(text):
         end = match.start() + len(match.group().rstrip())
@@ -152,6 +177,15 @@ def coverage(wanted: Iterable[str], held: Iterable[str], idf: dict[str, float], 
     return sum(idf.get(term, unknown) for term in need & have) / total if total else 0.0
 
 
+def is_code(sentence: str) -> bool:
+    """Whether a sentence looks like program text rather than prose."""
+    return bool(_CODE.search(sentence)) or _prose_share(sentence) < 0.82
+
+
+def _prose_share(sentence: str) -> float:
+    return sum(c.isalpha() or c == " " for c in sentence) / len(sentence)
+
+
 def _bm25(query: dict[str, float], unit: Sequence[str], mean_length: float) -> float:
     counts = Counter(unit)
     norm = K1 * (1 - B + B * len(unit) / mean_length)
@@ -161,14 +195,15 @@ def _bm25(query: dict[str, float], unit: Sequence[str], mean_length: float) -> f
 def _quality(sentence: str, position: int, last: bool, question: str) -> float:
     """How well a sentence stands alone, about 1 for a sentence of prose; a factor on its score."""
     words = sentence.split()
-    letters = sum(c.isalpha() or c == " " for c in sentence) / len(sentence)
     quality = 1.0
     if _CODE.search(sentence):
         quality *= 0.45
-    if letters < 0.82:
+    if _prose_share(sentence) < 0.82:
         quality *= 0.6
     if _CHANGELOG.match(sentence) and not re.search(r"\bversion|\bwhen\b|\bnew\b|\bchanged?\b", question, re.I):
         quality *= 0.3
+    if _POINTER.match(sentence):
+        quality *= 0.6
     if sentence.endswith("?"):
         quality *= 0.35  # a question is no answer
     elif sentence.endswith(":"):

@@ -24,9 +24,9 @@ BACKENDS: dict[str, tuple[str, str]] = {  # name -> (class, what it is)
 def open_llm(backend: str = "reader", **options: Any) -> LLMBackend:
     """The backend of that name, opened with `options`; the caller closes it.
 
-    `record` takes `path`, `inner` (the name of the backend to record, "reader" if left out) and the options of
-    `inner`. Raises `ConfigError` for an unknown name or option and for a library that is not installed, and what the
-    backend raises for a bad value.
+    `record` takes `path`, `inner` (the name of the backend to record: by default "hf" if a `model` is given, else
+    "reader") and the options of `inner`. Raises `ConfigError` for an unknown name or option and for a library that is
+    not installed, and what the backend raises for a bad value.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"there is no LLM backend {backend!r}", hint=_suggest(backend, BACKENDS))
@@ -35,7 +35,7 @@ def open_llm(backend: str = "reader", **options: Any) -> LLMBackend:
         path = options.pop("path", None)
         if path is None:
             raise ConfigError("the LLM backend 'record' needs the option 'path'", hint="name the JSONL file to write")
-        inner = options.pop("inner", "reader")
+        inner = options.pop("inner", "hf" if "model" in options else "reader")
         opened = open_llm(inner, **options)
         try:
             recording: LLMBackend = make(opened, path)

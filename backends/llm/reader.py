@@ -25,6 +25,9 @@ What it says to it:
 - to a question without any context ("Write a passage that answers: Q"): the question without its question words, as a
   statement. It adds no knowledge, and does not pretend to.
 
+How good: of the FAQ questions for which BM25 finds a relevant passage among its four best, the answer quotes a
+relevant one for 72 % (quoting always the first passage: 52 %); see tests/backends/llm/test_reader.py.
+
 Temperature, seed and their like change nothing. A token, for `max_tokens`, is a word or a sign.
 """
 
@@ -38,13 +41,24 @@ from itertools import groupby, pairwise
 from flowc.runtime.protocols import BackendInfo, ChooseRequest, GenerateRequest, Generation, IsCancelled, OnText
 
 from .common import check_choice, check_request, plain_chat, speak
-from .extract import Passage, Ranked, Weights, coverage, inverse_frequencies, rank_sentences, split_sentences, terms
+from .extract import (
+    Passage,
+    Ranked,
+    Weights,
+    coverage,
+    inverse_frequencies,
+    is_code,
+    rank_sentences,
+    split_sentences,
+    terms,
+)
 
 __all__ = ["ReaderBackend", "Reading", "answer", "read_prompt", "split_question", "support"]
 
 NEAR_BEST = 0.62  # a further sentence must reach this share of the best sentence's score ...
 NEAR_BEST_ELSEWHERE = 0.78  # ... and this if it comes from another passage
 MOST_SENTENCES = 3
+MOST_CODE = 40  # tokens of a line of code that an announcing sentence may bring along
 ENOUGH_WORDS = 40  # an answer that is this long already takes no further sentence
 SUPPORTED = 0.6  # the share of an answer's words, by IDF, that the context must hold to support it
 ANSWERED = 0.5  # the share of a question's words, by IDF, that the context must hold for a yes
@@ -55,13 +69,13 @@ _MARK = re.compile(
 )  # at the start of a line, maybe after "Context:"
 _LIST = re.compile(r"^[ \t]*(?:\w+:[ \t]*)?\[(?:,[ \t])*\[\d+\][ \t]", re.M)  # str([docs, ...]), empty results left out
 _JOINT = re.compile(
-    r"(?:,[ \t]|\])\[?\[(1)\][ \t]"
+    r"(?:(?:,[ \t])+|\])\[?\[(1)\][ \t]"
 )  # such a list puts the end of one result and the start of the next on one line
 _PASSAGE_END = re.compile(  # where the last passage ends: an empty line, a cue such as "Answer:", a labelled line
     r"\n[ \t]*\n|\n(?=[ \t]*(?:[\w'-]+[ \t]+){0,3}"
     r"(?:(?i:question|q|answer|draft|task|user|instructions?)[ \t]*:|[\w'-]+[ \t]*:[ \t]*(?:\n|\Z)))"
 )
-_SENTENCE_BREAK = re.compile(r"[a-z)][.!] |>>>|[{}=]")
+_SENTENCE_BREAK = re.compile(r"\n|[a-z)][.!] |>>>|[{}=]")
 _CODE_WORD = re.compile(
     r"[={}<>;]|\b(?:following|this|example|like|follows|is|are|import|by|as|be|to|of|Note|\w{2,20}ed)$"
 )
@@ -80,8 +94,8 @@ _SUMMARY = re.compile(r"\b(?:summar[iy]\w*|condense|shorten|tl;?dr|main points?|
 _TASK = re.compile(f"{_SPLIT.pattern}|{_KEYWORDS.pattern}|{_SUMMARY.pattern}|^(?:You are|Answer|Write|Use) ", re.I)
 _YES_OR_NO = re.compile(r"\b(?:yes or no|yes/no|\"yes\" or \"no\"|'yes' or 'no')\b", re.I)
 _SUPPORT = re.compile(
-    r"\b(?:supports?|supported|grounded|faithful|backed|follow from|entail\w*|sufficient|enough|complete|correct|good)\b"
-    r"[^?\n]*\?|\b(?:judge|check|verify|grade)\b",
+    r"\b(?:supports?|supported|grounded|faithful|backed|follow from|entail\w*|sufficient|enough|complete|correct|"
+    r"good)\b[^?\n]*\?|\b(?:judge|check|verify|grade)\b",
     re.I,
 )
 _YES = frozenset("yes y true supported sufficient good pass accept done enough correct relevant".split())
@@ -148,7 +162,7 @@ def _numbered_passages(prompt: str) -> tuple[list[Passage], str]:
         # What stands before the passage's successor is its text, empty lines and all; else it ends where prose would.
         end = None if following == number + 1 else _PASSAGE_END.search(prompt, begin, stop)
         done = end.start() if end else stop
-        text = " ".join(prompt[begin:done].split())
+        text = prompt[begin:done].strip()
         open_ends = min(text.count("]") - text.count("["), len(text) - len(text.rstrip("]")))
         text = text[: len(text) - max(0, open_ends)].rstrip()  # less the end of a printed list
         if text:
@@ -163,7 +177,7 @@ def _split_title(text: str) -> tuple[str, str]:
     at = segments = 0
     while segments < 2:
         colon = text.find(": ", at, at + 110)
-        segment = text[at:colon]
+        segment = text[at : max(at, colon)]
         if colon < 0 or len(segment.split()) > 11 or _SENTENCE_BREAK.search(segment) or not text[colon + 2 :].strip():
             break
         if at and _CODE_WORD.search(segment):
@@ -234,15 +248,35 @@ def _choose_sentences(ranked: Sequence[Ranked], budget: int) -> list[Ranked]:
     return sorted(chosen, key=lambda r: (r.passage, r.position))
 
 
+def _with_announced_code(chosen: list[Ranked], ranked: Sequence[Ranked], budget: int) -> list[Ranked]:
+    """`chosen` with the line of code that follows a sentence ending in a colon, where it is short and fits."""
+    by_place = {(r.passage, r.position): r for r in ranked}
+    have = {(r.passage, r.position) for r in chosen}
+    left = budget - sum(count_tokens(r.text) + 3 for r in chosen)
+    out = []
+    for sentence in chosen:
+        out.append(sentence)
+        place = (sentence.passage, sentence.position + 1)
+        code = by_place.get(place)
+        if sentence.text.endswith(":") and code and place not in have and is_code(code.text):
+            cost = count_tokens(code.text)
+            if cost <= min(left, MOST_CODE):
+                out.append(code)
+                left -= cost
+    return out
+
+
 def answer(question: str, passages: Sequence[Passage], max_tokens: int = 256) -> str:
     """One to three sentences of `passages` that answer `question`, in their order, with their marks."""
-    chosen = _choose_sentences(rank_sentences(question, passages), max_tokens)
+    ranked = rank_sentences(question, passages)
+    chosen = _choose_sentences(ranked, max_tokens)
+    chosen = _with_announced_code(chosen, ranked, max_tokens)
     parts = []
     for passage, run in groupby(chosen, key=lambda r: r.passage):
         sentences = list(run)
-        text = sentences[0].text
+        text = sentences[0].text.removeprefix("- ")
         for before, after in pairwise(sentences):
-            text += (" " if after.position == before.position + 1 else " ... ") + after.text
+            text += (" " if after.position == before.position + 1 else " ... ") + after.text.removeprefix("- ")
         mark = passages[passage].mark
         parts.append(f"{text.rstrip(':').rstrip()} {mark}" if mark else text)
     return " ".join(parts)
@@ -314,7 +348,7 @@ def _says_yes(prompt: str) -> bool:
     )
     claim = labelled[-1] if labelled else inline[1] if inline and _SUPPORT.search(rest) else ""
     if claim:
-        claim = re.split(r"\n(?=[^\n]*\?[ \t]*$)", claim)[0]
+        claim = re.split(r"\n(?=[^\n]*\?[ \t]*(?:\n|$))", claim)[0]
         if passages:
             return support(claim, passages) >= SUPPORTED
         others, _ = _bare_paragraphs(rest.replace(claim, ""))
@@ -395,7 +429,7 @@ class ReaderBackend:
 
         Otherwise every option scores the best sentence of the context that shares words with it, by that sentence's
         score for the question times the share of the option's words in it; without a context, by its words in the
-        prompt.
+        question.
         """
         out: list[int | Exception] = []
         for request in requests:
@@ -424,7 +458,7 @@ def _choose(request: ChooseRequest) -> int:
     if yes is not None and no is not None:
         return yes if _says_yes(request.prompt) else no
     reading = read_prompt(request.prompt)
-    passages = reading.passages or (Passage("", "", f"{reading.instruction} {reading.question}"),)
+    passages = reading.passages or (Passage("", "", reading.question),)
     ranked = rank_sentences(reading.question, passages, Weights(rank=0.0, lead=0.0))  # what is said counts, not where
     sentences = [(r.score, set(terms(r.text))) for r in ranked]
     idf = inverse_frequencies([unit for _, unit in sentences])

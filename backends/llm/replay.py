@@ -40,6 +40,7 @@ from .common import plain_chat, speak
 __all__ = ["RecordingBackend", "ReplayBackend"]
 
 _FIELDS = ("prompt", "max_tokens", "temperature", "top_p", "top_k", "stop", "seed")
+_WORDS = re.compile(r"\w+|[^\w\s]")
 _CANDIDATES = 16  # recorded prompts that are compared letter by letter with an unknown one
 _COMPARED = 4000  # characters of a prompt that take part in that comparison
 
@@ -254,7 +255,7 @@ class ReplayBackend:
 
     def count_tokens(self, text: str) -> int:
         """Words and signs: a recording does not hold the tokenizer."""
-        return len(re.findall(r"\w+|[^\w\s]", text))
+        return len(_WORDS.findall(text))
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         return plain_chat(messages)
@@ -306,18 +307,18 @@ def _error(row: Mapping[str, Any]) -> FlowcError:
 
 def _nearest(prompt: str, recorded: Sequence[str]) -> str:
     """The recorded prompt most like `prompt`: by shared words first, then by difflib's ratio; ties to the first."""
-    words = set(prompt.split())
+    words = set(_WORDS.findall(prompt))
 
     def likeness(i: int) -> tuple[float, int]:
-        other = set(recorded[i].split())
+        other = set(_WORDS.findall(recorded[i]))
         return (-len(words & other) / max(1, len(words | other)), i)
 
     short = sorted(range(len(recorded)), key=likeness)[:_CANDIDATES]
     matcher = difflib.SequenceMatcher(autojunk=False)
-    matcher.set_seq2(prompt[:_COMPARED].split(" "))
+    matcher.set_seq2(_WORDS.findall(prompt[:_COMPARED]))
 
     def ratio(i: int) -> float:
-        matcher.set_seq1(recorded[i][:_COMPARED].split(" "))
+        matcher.set_seq1(_WORDS.findall(recorded[i][:_COMPARED]))
         return matcher.ratio()
 
     return recorded[max(short, key=ratio)]

@@ -114,11 +114,8 @@ def write_tiny_model(
     _write_json(folder / "tokenizer_config.json", settings)
     tokenizer.save(str(folder / "tokenizer.json"))
     shapes = _shapes(size, hidden, intermediate, layers, heads * head_dim, kv_heads * head_dim, bias)
-    save_file(
-        _random_weights(shapes, seed),
-        str(folder / "model.safetensors"),
-        metadata={"format": "pt", "flowc": f"random weights, seed {seed}"},
-    )
+    # One key of metadata: safetensors writes several in random order, and the file would differ from run to run.
+    save_file(_random_weights(shapes, seed), str(folder / "model.safetensors"), metadata={"format": "pt"})
     (folder / "README.md").write_text(
         f"A {architecture} model with **random weights** (seed {seed}), written by\n"
         "`flowc model tiny` for tests and benchmarks. What it generates means nothing.\n",
