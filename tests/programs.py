@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -485,7 +486,7 @@ class Writer:
 
     def generator(self, d: int) -> str:
         iterable, names = self.iterable(d)
-        with self.inner(**names):
+        with self.inner(**names), self.plain():
             text = f"{self.test(d)} for {self.targets(names)} in {iterable}"
             return text + (f" if {self.test(0)}" if self.p(0.3) else "")
 
@@ -1001,10 +1002,11 @@ class _Without(ast.NodeTransformer):
         return self.visit(value)
 
 
-def reduce(program: Program, fails: Callable[[Program], bool], rounds: int = 4000) -> Program:
+def reduce(program: Program, fails: Callable[[Program], bool], seconds: float = 15.0) -> Program:
     """A smaller program for which `fails` is still true, by leaving out one piece after another."""
     current, number = program, 1
-    for _ in range(rounds):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
         cutter = _Without(number)
         tree = cutter.visit(ast.parse(current.source))
         if cutter.number > 0:

@@ -7,18 +7,20 @@ import asyncio
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from flowc.ir.core import Attr, Scope, Value
-from flowc.ir.ops import Effect, effect_of_region
-from flowc.ir.types import ANY, DOCS, TEXT, VECTOR, Type, is_immutable, item_type
+from flowc.ir.ops import OPS, Effect, effect_of_region
+from flowc.ir.types import ANY, DOCS, TEXT, VECTOR, Type, accepts, is_immutable, item_type
 
 from .. import resources as resources_module
 from ..resources import Resource, chat_prompt
 from ..tools import Tool
 from .expressions import Expressions
 from .names import MISSING
-from .purity import PURE, Info, Site, result_type
+from .purity import PURE, WRITES, Info, Site, result_type
 from .source import synthetic
 
 if TYPE_CHECKING:
@@ -167,21 +169,20 @@ class Calls(Expressions):
                 "gather the two apart",
             )
         rest: dict[int, Value] = {}
+        ready: dict[int, ast.expr] = {}
+        for a in node.args:  # Python computes every argument before the first of the operations starts
+            if isinstance(a, ast.Starred):
+                ready[id(a)] = self._ready_for_each(a, hint)
+            elif isinstance(a, ast.Call) and a not in plain:
+                ready[id(a)] = self._ready(a)
         for a in node.args:
             if isinstance(a, ast.Starred):
-                inner = a.value
-                if not isinstance(inner, (ast.ListComp, ast.GeneratorExp)):
-                    self.fail(
-                        a,
-                        "F016",
-                        "asyncio.gather over a starred expression with operations",
-                        "write *[op(x) for x in xs]",
-                    )
-                listed = synthetic(ast.ListComp(_awaiting(inner.elt), inner.generators), inner)
-                rest[id(a)] = self.lower(listed, hint)
+                rest[id(a)] = self.lower(ready[id(a)], hint)
             elif a not in plain:
                 rest[id(a)] = (
-                    self.awaited(self.env[a.id]) if isinstance(a, ast.Name) else self.lower(_awaiting(a), hint)
+                    self.awaited(self.env[a.id])
+                    if isinstance(a, ast.Name)
+                    else self.lower(_awaiting(ready.get(id(a), a)), hint)
                 )
         if plain:
             call = synthetic(ast.Await(ast.Call(node.func, list(plain), [])), node)
@@ -199,6 +200,73 @@ class Calls(Expressions):
         ]
         listed_all = synthetic(ast.List(parts, ast.Load()), node)
         return self.py_expr(listed_all, hint, placeholders)
+
+    def _ready(self, call: ast.Call) -> ast.Call:
+        """The same call with its arguments computed now."""
+        if not self.is_operation(call):
+            return call
+        if any(self._started(c) is not None for c in ast.walk(call) if isinstance(c, ast.Call)):
+            return call
+
+        def computed(arg: ast.expr) -> ast.expr:
+            if self._constant(arg) is not MISSING or self.resolver.resolve(arg) is not MISSING:
+                return arg
+            return self.named(self.lower(arg, "argument"), arg)
+
+        args = [computed(a) for a in call.args]
+        keywords = [ast.keyword(k.arg, computed(k.value)) for k in call.keywords]
+        return synthetic(ast.Call(call.func, args, keywords), call)
+
+    def named(self, value: Value, at: ast.expr) -> ast.Name:
+        """A variable of the frontend's own that holds the value."""
+        name = next(f"argument_{i}" for i in count() if f"argument_{i}" not in self.locals)
+        self.locals |= {name}
+        self.env[name] = value
+        return ast.copy_location(ast.Name(name, ast.Load()), at)
+
+    def _ready_for_each(self, starred: ast.Starred, hint: str) -> ast.ListComp:
+        """`*[op(f(x)) for x in xs]` with every `f(x)` computed first where that can be told from computing it in between."""
+        inner = starred.value
+        if not isinstance(inner, (ast.ListComp, ast.GeneratorExp)):
+            self.fail(
+                starred,
+                "F016",
+                "asyncio.gather over a starred expression with operations",
+                "write *[op(x) for x in xs]",
+            )
+        call = inner.elt
+        generators = inner.generators
+        if isinstance(call, ast.Call) and self.is_operation(call) and not self._can_interleave(inner, call):
+            parts = [a for a in (*call.args, *(k.value for k in call.keywords)) if self._constant(a) is MISSING]
+            every = synthetic(ast.ListComp(ast.Tuple(parts, ast.Load()), generators), inner)
+            item = ast.Name("argument", ast.Load())
+            slots = {
+                id(a): ast.Subscript(item, ast.Constant(i), ast.Load()) for i, a in enumerate(parts)
+            }
+            call = ast.Call(
+                call.func,
+                [slots.get(id(a), a) for a in call.args],
+                [ast.keyword(k.arg, slots.get(id(k.value), k.value)) for k in call.keywords],
+            )
+            listed = self.named(self.lower(every, "arguments"), inner)
+            generators = [ast.comprehension(ast.Name("argument", ast.Store()), listed, [], 0)]
+        return synthetic(ast.ListComp(_awaiting(synthetic(call, inner)), generators), inner)
+
+    def _can_interleave(self, node: ast.ListComp | ast.GeneratorExp, call: ast.Call) -> bool:
+        """Does computing the arguments of one item after the operation of another make no difference?"""
+        if any(self.has_op(a) for a in (*call.args, *(k.value for k in call.keywords), *node.generators)):
+            return False
+        a = self.analyzer()
+        names: dict[str, Info] = {}
+        infos: list[Info] = []
+        with a.scope(names):
+            for g in node.generators:
+                source = a.expr(g.iter)
+                infos.append(replace(source, level=max(source.level, a.iteration(source))))
+                a.bind(g.target, Info(item_type(source.type)), names)
+                infos += [a.expr(t) for t in g.ifs]
+            infos += [a.expr(e) for e in (*call.args, *(k.value for k in call.keywords))]
+        return all(i.level < WRITES and not i.raises for i in infos)
 
     # -- resources
     def _resource(self, node: ast.Call, method: Any, hint: str) -> Value:
@@ -230,7 +298,7 @@ class Calls(Expressions):
             if constant is not MISSING and name != "options":
                 attrs[name] = (constant,) if name == "stop" and isinstance(constant, str) else constant
                 continue
-            values[name] = self.lower(arg, name)
+            values[name] = self._operand(op, name, self.lower(arg, name))
         for name, value in values.items():
             if self.fact(value).is_task:
                 self.fail(node, "F016", f"`{name}` is a coroutine or task that is not awaited", "await it first")
@@ -242,6 +310,14 @@ class Calls(Expressions):
             attrs["reads"] = ("py",)
         (result,) = self.builder.emit(op, operands, [(hint if hint != "v" else _HINT[op], _RESULTS[op])], attrs)
         return result
+
+    def _operand(self, op: str, name: str, value: Value) -> Value:
+        """The value; one of a type that the operation does not take as `any`: it is refused when it gets there, as by Python."""
+        spec = OPS[op]
+        named = dict(zip(_OPERANDS[op], spec.operands or (), strict=False)) | dict(spec.optional)
+        if accepts(named.get(name, ANY), value.type) or self.fact(value).is_task:
+            return value
+        return self.py(name, [(name, value)], Info(ANY), hint=name)[0]
 
     def _chat(self, messages: ast.expr) -> Value:
         value = self.lower(messages, "messages")

@@ -70,7 +70,7 @@ class Session:
         body = src.node.body
         declared = {n for s in ast.walk(src.node) if isinstance(s, (ast.Global, ast.Nonlocal)) for n in s.names}
         parameters = list(workflow.signature.parameters)
-        own = frozenset(parameters) | binds(body)
+        own = frozenset(parameters) | binds(body, appends=False)
         local = frozenset(own - declared)
         live = Liveness(body)
         scope = self._scope(workflow.fn)
@@ -170,24 +170,36 @@ def _bindings(
     counts = dict.fromkeys(parameters, 1)
     in_loops: set[str] = set()
 
+    def bind(name: str, in_loop: bool) -> None:
+        counts[name] = counts.get(name, 0) + 1
+        if in_loop:
+            in_loops.add(name)
+
     def visit(n: ast.AST, in_loop: bool) -> None:
-        bound: list[str] = []
-        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store):
-            bound = [n.id]
-        elif isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            bound = [n.name]
-        elif isinstance(n, ast.ExceptHandler) and n.name:
-            bound = [n.name]
-        for name in bound:
-            counts[name] = counts.get(name, 0) + 1
-            if in_loop:
-                in_loops.add(name)
-        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
-            return
-        if isinstance(n, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
-            return
+        match n:
+            case ast.Name(ctx=ast.Store() | ast.Del()):
+                bind(n.id, in_loop)
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                bind(n.name, in_loop)
+                return
+            case ast.Lambda():
+                return
+            case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
+                for walrus in (x for x in ast.walk(n) if isinstance(x, ast.NamedExpr)):
+                    bind(walrus.target.id, True)
+                return
+            case ast.ExceptHandler() | ast.MatchAs() | ast.MatchStar() if n.name:
+                bind(n.name, in_loop)
+            case ast.MatchMapping() if n.rest:
+                bind(n.rest, in_loop)
+            case ast.Import() | ast.ImportFrom():
+                for a in n.names:
+                    bind(a.asname or a.name.split(".")[0], in_loop)
+            case _:
+                pass
+        inside = in_loop or isinstance(n, (ast.For, ast.AsyncFor, ast.While))
         for child in ast.iter_child_nodes(n):
-            visit(child, in_loop or isinstance(n, (ast.For, ast.AsyncFor, ast.While)))
+            visit(child, inside)
 
     for s in node.body:
         visit(s, False)

@@ -12,7 +12,7 @@ from flowc.ir.types import ANY, BOOL, INT, TEXT, Type, is_immutable, item_type, 
 
 from .liveness import binds
 from .names import MISSING
-from .purity import PURE, WRITES, Analyzer, Info, free_names
+from .purity import PURE, WRITES, Analyzer, Info, awaits, free_names
 from .source import synthetic
 from .state import State
 
@@ -66,12 +66,7 @@ class Expressions(State):
 
     def _reads_unbound(self, node: ast.AST) -> bool:
         """Does it read a local that may be unbound?"""
-        for n in ast.walk(node):
-            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and n.id in self.locals:
-                value = self.env.get(n.id)
-                if value is None or self.fact(value).is_unbound:
-                    return True
-        return False
+        return any(n in self.locals and self.is_maybe_unbound(n) for n in free_names(node))
 
     def _is_task(self, node: ast.AST) -> bool:
         return isinstance(node, ast.Name) and node.id in self.env and self.fact(self.env[node.id]).is_task
@@ -104,7 +99,7 @@ class Expressions(State):
             with self.at(node):
                 return self.template(parts, node, hint)
         conditional = isinstance(node, (ast.IfExp, ast.BoolOp)) or (isinstance(node, ast.Compare) and len(node.ops) > 1)
-        if conditional and (self.has_op(node) or binding or self._reads_unbound(node)):
+        if conditional and (self.has_op(node) or binding):
             with self.at(node):
                 return self._conditional(node, hint)
         if not self.has_op(node) and not binding:
@@ -161,11 +156,13 @@ class Expressions(State):
                     "a generator expression with operations is consumed by something that flowc does not know",
                     "make it a list: [ ... for ... ]",
                 )
-            case ast.Call(ast.Name(id="any" | "all" as which), [ast.GeneratorExp() as g], []) if self._is_builtin(
-                which
+            case ast.Call(ast.Name(id="any" | "all" as which), [ast.GeneratorExp() as g], []) if (
+                self._is_builtin(which) and not awaits(g)
             ):
                 return self._any_all(g, which, hint)
-            case ast.Call(func, [ast.GeneratorExp() as g], keywords) if self.has_op(g) and self._consumes_all(func):
+            case ast.Call(func, [ast.GeneratorExp() as g], keywords) if (
+                self.has_op(g) and self._consumes_all(func) and not awaits(g)
+            ):
                 listed = synthetic(ast.ListComp(g.elt, g.generators), g)
                 return self._compound(synthetic(ast.Call(func, [listed], keywords), node), hint)
             case ast.Lambda():
@@ -220,7 +217,7 @@ class Expressions(State):
             if static is not MISSING and callable(static):
                 return child  # a function is what it is, whenever it is looked up
             info = self.analyze(child)
-            if info.level == PURE and not info.raises and not isinstance(child, ast.Name):
+            if info.level == PURE and not info.raises and not isinstance(child, ast.Name) and not self._reads_unbound(child):
                 return child
         if isinstance(child, ast.Attribute) and self.has_op(child):  # a method of an operation's result
             return ast.copy_location(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Sequence
+from typing import TypeGuard
 
 RETURN_VALUE = "<return>"
 
@@ -12,20 +13,64 @@ _LOOPS = (ast.For, ast.AsyncFor, ast.While)
 
 
 def reads(node: ast.AST | Iterable[ast.AST]) -> set[str]:
-    """Every name that a piece of code may read, nested functions included."""
-    nodes = [node] if isinstance(node, ast.AST) else list(node)
-    found: set[str] = set()
-    for top in nodes:
-        for inner in ast.walk(top):
-            if isinstance(inner, ast.Name) and not isinstance(inner.ctx, ast.Store):
-                found.add(inner.id)
-            elif isinstance(inner, ast.AugAssign) and isinstance(inner.target, ast.Name):
-                found.add(inner.target.id)
+    """Every name of the enclosing function that a piece of code may read or delete, nested functions included."""
+    return set(reads_in_order(node))
+
+
+def reads_in_order(node: ast.AST | Iterable[ast.AST]) -> dict[str, None]:
+    """As `reads`, by first appearance. What a comprehension, a lambda or a nested function binds is its own."""
+    found: dict[str, None] = {}
+
+    def visit(n: ast.AST, own: frozenset[str]) -> None:
+        match n:
+            case ast.Name():
+                if not isinstance(n.ctx, ast.Store) and n.id not in own:
+                    found[n.id] = None
+            case ast.AugAssign(target=ast.Name(id=name)):
+                if name not in own:
+                    found[name] = None
+                visit(n.value, own)
+            case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
+                first, *rest = n.generators
+                visit(first.iter, own)
+                inner = own | {x.id for g in n.generators for x in ast.walk(g.target) if _is_stored(x)}
+                parts: list[ast.AST] = [first.target, *first.ifs, *(x for g in rest for x in (g.iter, g.target, *g.ifs))]
+                parts += [n.key, n.value] if isinstance(n, ast.DictComp) else [n.elt]
+                for part in parts:
+                    visit(part, inner)
+            case ast.Lambda():
+                _visit_all([*n.args.defaults, *n.args.kw_defaults], own)
+                visit(n.body, own | _parameters(n.args))
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
+                annotations = [a.annotation for a in ast.walk(n.args) if isinstance(a, ast.arg)]
+                _visit_all([*n.decorator_list, *n.args.defaults, *n.args.kw_defaults, *annotations, n.returns], own)
+                outer = {x for d in ast.walk(n) if isinstance(d, (ast.Global, ast.Nonlocal)) for x in d.names}
+                _visit_all(n.body, own | _parameters(n.args) | (binds(n.body, appends=False) - outer))
+            case ast.ClassDef():
+                _visit_all([*n.decorator_list, *n.bases, *(k.value for k in n.keywords)], own)
+                _visit_all(n.body, own | binds(n.body, appends=False))
+            case _:
+                _visit_all(ast.iter_child_nodes(n), own)
+
+    def _visit_all(nodes: Iterable[ast.AST | None], own: frozenset[str]) -> None:
+        for child in nodes:
+            if child is not None:
+                visit(child, own)
+
+    _visit_all([node] if isinstance(node, ast.AST) else node, frozenset())
     return found
 
 
-def binds(node: ast.AST | Iterable[ast.AST]) -> set[str]:
-    """Every variable of the enclosing function that a piece of code may bind or delete."""
+def _is_stored(node: ast.AST) -> TypeGuard[ast.Name]:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+
+
+def _parameters(args: ast.arguments) -> set[str]:
+    return {a.arg for a in ast.walk(args) if isinstance(a, ast.arg)}
+
+
+def binds(node: ast.AST | Iterable[ast.AST], *, appends: bool = True) -> set[str]:
+    """Every variable of the enclosing function that a piece of code may bind or delete; appending to a list counts as binding it."""
     found: set[str] = set()
 
     def visit(n: ast.AST, comprehension: frozenset[str]) -> None:
@@ -49,7 +94,7 @@ def binds(node: ast.AST | Iterable[ast.AST]) -> set[str]:
             return
         if isinstance(n, ast.Name) and isinstance(n.ctx, (ast.Store, ast.Del)) and n.id not in comprehension:
             found.add(n.id)
-        elif (name := appended(n)) is not None:
+        elif appends and (name := appended(n)) is not None:
             found.add(name)
         elif isinstance(n, ast.ExceptHandler) and n.name:
             found.add(n.name)

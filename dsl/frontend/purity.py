@@ -44,6 +44,7 @@ from flowc.ir.types import (
 )
 
 from ..signatures import annotation_type
+from .liveness import reads_in_order
 from .names import MISSING, Resolver
 
 Site = tuple[int, int]
@@ -158,14 +159,15 @@ class Analyzer:
     def stmts(self, body: Sequence[ast.stmt], env: dict[str, Info]) -> Info:
         """The combined effect of statements without operations; `env` receives what they bind."""
         total = Info(NONE)
-        with self._scope(env):
+        with self.scope(env):
             for s in body:
                 total = self._both(total, self._stmt(s))
         return total
 
     # -- helpers
     @contextmanager
-    def _scope(self, names: dict[str, Info]) -> Iterator[None]:
+    def scope(self, names: dict[str, Info]) -> Iterator[None]:
+        """Inside, these names mean variables of their own."""
         self._scopes.append(names)
         try:
             yield
@@ -339,7 +341,7 @@ class Analyzer:
         """(level, may raise) of calling a function-valued argument: a lambda, a pure function, or something opaque."""
         if isinstance(node, ast.Lambda):
             names = {a.arg: Info(ANY) for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
-            with self._scope(names):
+            with self.scope(names):
                 i = self.expr(node.body)
             return i.level, True
         value = self.resolver.resolve(node)
@@ -756,10 +758,10 @@ class Analyzer:
             else:
                 env[n.id] = Info(ANY)
         is_definition = isinstance(s, (ast.FunctionDef, ast.AsyncFunctionDef)) and not s.decorator_list
-        return Info(NONE, PURE if is_definition else WRITES, not is_definition, is_async=_awaits(s))
+        return Info(NONE, PURE if is_definition else WRITES, not is_definition, is_async=awaits(s))
 
 
-def _awaits(node: ast.AST) -> bool:
+def awaits(node: ast.AST) -> bool:
     """Does code of this function (not of functions nested in it) await?"""
     pending = [node]
     while pending:
@@ -775,17 +777,8 @@ def _awaits(node: ast.AST) -> bool:
 
 
 def free_names(node: ast.AST) -> list[str]:
-    """Names that a lambda, comprehension or nested definition reads from outside itself, in order of appearance."""
-    bound: set[str] = set()
-    for n in ast.walk(node):
-        if isinstance(n, ast.arg):
-            bound.add(n.arg)
-        elif isinstance(n, ast.comprehension):
-            bound.update(x.id for x in ast.walk(n.target) if isinstance(x, ast.Name))
-        elif isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and not isinstance(node, ast.GeneratorExp):
-            bound.add(n.id)
-    found = dict.fromkeys(n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
-    return [name for name in found if name not in bound]
+    """Names that an expression or nested definition reads from outside itself, in order of appearance."""
+    return list(reads_in_order(node))
 
 
 def _target_level(target: ast.expr) -> int:

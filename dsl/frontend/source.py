@@ -47,9 +47,11 @@ N = TypeVar("N", bound=ast.AST)
 
 def synthetic(node: N, at: ast.AST) -> N:
     """A node that the frontend made itself, placed where `at` stands: its text is unparsed, not looked up in the source."""
-    ast.fix_missing_locations(ast.copy_location(node, at))
+    for part in ast.walk(node):
+        if not hasattr(part, "lineno"):
+            part.is_synthetic = True  # type: ignore[attr-defined]
     node.is_synthetic = True  # type: ignore[attr-defined]
-    return node
+    return ast.fix_missing_locations(ast.copy_location(node, at))
 
 
 _PARSED: dict[str, tuple[tuple[str, ...], ast.Module]] = {}

@@ -6,7 +6,7 @@ import ast
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flowc.ir.builder import Block, Builder
@@ -251,7 +251,7 @@ class State:
         """An expression without operations (but for placeholders that stand for their values) as one `py` operation."""
         placeholders = placeholders or {}
         names = [n for n in free_names(node) if n in self.locals or n in placeholders]
-        inputs = [(n, placeholders[n] if n in placeholders else self.read(n)) for n in names]
+        unbound = [n for n in names if n not in placeholders and self.is_maybe_unbound(n)]
         a = self.analyzer()
         known = {n: Info(v.type, sites=self.fact(v).sites) for n, v in placeholders.items()}
         lookup = a.lookup
@@ -259,8 +259,20 @@ class State:
         info = a.expr(node)
         self.settle(a)
         text = ast.unparse(node) if placeholders else self.text(node)
-        (value,) = self.py(text, inputs, info, hint=hint)
+        inputs = [(n, placeholders[n] if n in placeholders else self.outgoing(n)) for n in names]
+        if not unbound:
+            (value,) = self.py(text, inputs, info, hint=hint)
+            return self.know(value, sites=info.sites, is_declared=a.trusts)
+        result = next(n for n in ("value", "value_", "_value") if n not in names)
+        outs = [(result, info.type), *((n, dict(inputs)[n].type) for n in unbound)]
+        value, *rest = self.py(f"{result} = {text}", inputs, replace(info, raises=True), outs=outs)
+        for n, v in zip(unbound, rest, strict=True):  # the expression has read it, so it is bound; but perhaps not every arm
+            self.env[n] = self.know(v, sites=self.fact(dict(inputs)[n]).sites, is_unbound=True)
         return self.know(value, sites=info.sites, is_declared=a.trusts)
+
+    def is_maybe_unbound(self, name: str) -> bool:
+        value = self.env.get(name)
+        return value is None or self.fact(value).is_unbound
 
     def text(self, node: ast.AST) -> str:
         """The source of an expression or statement as the user wrote it, so that its lines stay its lines."""

@@ -15,7 +15,7 @@ from flowc.ir.core import Attr, Value
 from flowc.ir.types import ANY, BOOL, NEVER, NONE, Type, is_immutable, item_type, join, list_of
 
 from .calls import Calls
-from .liveness import RETURN_VALUE, appended, binds, exits, falls_through, reads
+from .liveness import RETURN_VALUE, Liveness, appended, binds, exits, falls_through, reads
 from .names import MISSING
 from .purity import PURE, READS, WRITES, Info
 from .source import synthetic
@@ -192,7 +192,6 @@ class Statements(Calls):
                 for n in ast.walk(s)
             ):
                 return False
-            return not self._reads_unbound_in(s)
         return True
 
     def _writes_outer(self, s: ast.stmt) -> bool:
@@ -202,23 +201,6 @@ class Statements(Calls):
 
     outer_names: frozenset[str] = frozenset()  # declared `global` or `nonlocal`
 
-    def _reads_unbound_in(self, s: ast.stmt) -> bool:
-        own = binds(s)
-        for name in reads(s):
-            if name in self.locals:
-                value = self.env.get(name)
-                if (value is None or self.fact(value).is_unbound) and (
-                    name not in own or self._may_read_first(s, name)
-                ):
-                    return True
-        return False
-
-    def _may_read_first(self, s: ast.stmt, name: str) -> bool:
-        """May the statement read the variable before it binds it?"""
-        from .liveness import Liveness
-
-        return name in Liveness([s]).at_entry
-
     def python(self, s: ast.stmt) -> None:
         """A statement without operations as one `py` operation that binds what it binds."""
         own = sorted(n for n in binds(s) if n in self.locals)
@@ -226,26 +208,18 @@ class Statements(Calls):
         env: dict[str, Info] = {}
         info = a.stmts([s], env)
         self.settle(a)
-        used = reads(s)
         live = self.live.after.get(id(s), frozenset())
-        outs = [
-            n
-            for n in own
-            if n in live
-            or n in used
-            or isinstance(s, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom))
-        ]
-        outs = [n for n in outs if n in live]
-        definite = _definitely_binds(s)
+        outs = [n for n in own if n in live]
+        unbinds = _may_unbind(s)
+        definite = _definitely_binds(s) - unbinds
+        read_first = Liveness([s]).at_entry  # what is read before it is bound here
         inputs: list[tuple[str, Value]] = []
-        for name in sorted((used | set(outs)) & self.locals):
-            value = self.env.get(name)
-            if name in own and (value is None or self.fact(value).is_unbound):
-                if name in outs and name not in definite:
-                    inputs.append((name, value if value is not None else self.unbound(name)))
+        for name in sorted((read_first | set(outs)) & self.locals):
+            if name not in read_first and name in definite:
                 continue
-            if name in used or name not in definite:
-                inputs.append((name, self.read(name)))
+            if name not in outs and self.is_maybe_unbound(name):
+                outs.append(name)  # an out of that name makes the mark of an unbound variable unbound again
+            inputs.append((name, self.outgoing(name)))
         text = self.text(s)
         outer = sorted(n for n in binds(s) if n in self.outer_names)
         if outer:
@@ -258,14 +232,16 @@ class Statements(Calls):
             info = Info(NONE, WRITES, True, is_async=info.is_async)
         given = dict(inputs)
         types = [
-            join(env[n].type, given[n].type if n in given and n not in definite else NEVER) if n in env else ANY
+            join(env[n].type if n in env else NEVER, given[n].type if n in given and n not in definite else NEVER)
+            if n in env or n not in own
+            else ANY
             for n in outs
         ]
         results = self.py(text, inputs, info, outs=list(zip(outs, types, strict=True)))
         for name, value in zip(outs, results, strict=True):
             before = given.get(name)
-            unbound = name not in definite and before is not None and self.fact(before).is_unbound
-            sites = env[name].sites if name in env else frozenset()
+            unbound = name in unbinds or (name not in definite and before is not None and self.fact(before).is_unbound)
+            sites = env[name].sites if name in env else self.fact(before).sites if before is not None else frozenset()
             self.assign(name, self.know(value, sites=sites, is_unbound=unbound, is_declared=a.trusts))
 
     # -- assignments
@@ -828,7 +804,7 @@ class Statements(Calls):
                     self.awaited(self.env[n])
 
         def on_error(error: Value) -> None:
-            text = "raise BaseExceptionGroup('unhandled errors in a TaskGroup', [error])"
+            text = "raise BaseExceptionGroup('unhandled errors in a TaskGroup', [error]) from None"
             self.py(text, [("error", error)], Info(NONE, PURE, True), outs=())
 
         try:
@@ -866,6 +842,12 @@ def _reraises(s: ast.stmt) -> bool:
         else [getattr(s, name, []) for name in ("body", "orelse")]
     )
     return any(_reraises(inner) for block in blocks for inner in block)
+
+
+def _may_unbind(s: ast.stmt) -> set[str]:
+    """Variables that a statement may leave unbound by `del`, or as the name of an error that it handled."""
+    deleted = {n.id for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Del)}
+    return deleted | {n.name for n in ast.walk(s) if isinstance(n, ast.ExceptHandler) and n.name}
 
 
 def _definitely_binds(s: ast.stmt) -> set[str]:
