@@ -403,8 +403,8 @@ def excerpts(passages: Sequence[str], sample: int) -> list[str]:
     """
     rng = np.random.default_rng(_SEED)
     out = []
-    for at in own_queries(len(passages), sample).tolist():
-        words = passages[at].split()
+    for at in own_queries(len(passages), sample):
+        words = passages[int(at)].split()
         start = int(rng.integers(0, max(1, len(words) - _EXCERPT_WORDS + 1)))
         out.append(" ".join(words[start : start + _EXCERPT_WORDS]))
     return out
