@@ -1,11 +1,12 @@
 """Where configuration comes from, what wins, and what a mistake in it looks like."""
 
+from dataclasses import fields
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 
-from flowc.config import Config, find_config, load_config
+from flowc.config import Config, EmbedderConfig, IndexConfig, LLMConfig, RunConfig, find_config, load_config
 from flowc.ir.errors import ConfigError
 
 
@@ -197,3 +198,14 @@ def test_sections_cannot_be_changed(tmp_path: Path) -> None:
     config = load(tmp_path)
     with pytest.raises(TypeError):
         config.llm["x"] = config.run  # type: ignore[index]
+
+
+def test_the_documented_configuration_is_one_and_names_every_key(tmp_path: Path, root: Path) -> None:
+    text = (root / "docs" / "command-line.md").read_text(encoding="utf-8").split("## Configuration")[1]
+    block = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    ") or not line.strip())
+    write(tmp_path, block)
+    config = load(tmp_path)
+    assert config.llm["taped"].inner == "reader"
+    named = {line.split(" = ")[0] for line in block.splitlines() if " = " in line}
+    every = {f.name for kind in (LLMConfig, IndexConfig, EmbedderConfig, RunConfig) for f in fields(kind)}
+    assert every == named

@@ -14,7 +14,7 @@ import typer
 from flowc.config import load_config
 from flowc.ir.errors import Loc, VerifyError
 
-from .console import emit, emit_json, fail, note, table, write_error, write_file
+from .console import emit, emit_json, fail, many, note, table, write_error, write_file
 from .targets import load_target
 
 if TYPE_CHECKING:
@@ -80,13 +80,15 @@ def compile_(
         print_remarks(compilation.remarks)
     if out is None and not print_after and not remarks:
         emit(_text(compilation.graph))
+    stages = [path for path in written if Path(path).parent.name == "ir"]
     for path in written:
-        note(f"wrote {path}")
-    fired = sum(r.fired for r in compilation.remarks)
+        if path not in stages:
+            note(f"wrote {path}")
+    if stages:
+        note(f"wrote {Path(stages[0]).parent}, {many(len(stages), 'file')}")
+    fired = many(sum(r.fired for r in compilation.remarks), "rewrite")
     before, after = _count(compilation.captured), _count(compilation.graph)
-    note(
-        f"{compilation.graph.name} {shown}: {before} -> {after} operations, {fired} rewrites, {_predicted(compilation)}"
-    )
+    note(f"{compilation.graph.name} {shown}: {before} -> {after} operations, {fired}, {_predicted(compilation)}")
 
 
 def opt(

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -277,6 +277,6 @@ def fail(message: str, *, hint: str | None = None, code: str | None = None) -> N
     raise UsageError(message, hint=hint, code=code)
 
 
-def plain(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The mapping without what is None."""
-    return {key: item for key, item in value.items() if item is not None}
+def many(count: int, one: str, more: str = "") -> str:
+    """`1 file`, `2 files`."""
+    return f"{count} {one if count == 1 else more or one + 's'}"

@@ -17,7 +17,7 @@ import typer
 from flowc.config import Config, load_config
 from flowc.ir.errors import FlowcError
 
-from .console import Failed, emit_json, note, table
+from .console import Failed, emit_json, many, note, table
 
 _BASE = ("lark", "networkx", "rich", "typer")
 _LOCAL = ("faiss-cpu", "numpy", "safetensors", "tokenizers", "torch", "transformers")
@@ -53,7 +53,7 @@ def doctor(
         )
     else:
         table([(f.what, f.status, f.detail) for f in findings], ("what", "status", "detail"))
-    note(f"{wrong} problem{'s' if wrong != 1 else ''}" if wrong else "nothing wrong")
+    note(many(wrong, "problem") if wrong else "nothing wrong")
     if wrong:
         raise Failed
 
@@ -64,7 +64,7 @@ def _all(deep: bool, config: Path | None) -> Iterator[Finding]:
     yield Finding(
         "python", "ok" if supported else "wrong", detail if supported else f"{detail}; flowc needs 3.11 or newer"
     )
-    yield Finding("machine", "ok", f"{platform.system()} {platform.machine()}, {_cores()} cores")
+    yield Finding("machine", "ok", f"{platform.system()} {platform.machine()}, {many(_cores(), 'core')}")
     yield _package("flowc", "wrong", "run from a checkout that is not installed: `pip install -e .`", missing="absent")
     for name in _BASE:
         yield _package(name, "wrong", "a requirement of flowc")

@@ -10,7 +10,7 @@ import typer
 
 from flowc.config import load_config
 
-from .console import INDEXES, Failed, UsageError, emit, emit_json, is_terminal, note, show_error, table
+from .console import INDEXES, Failed, UsageError, emit, emit_json, is_terminal, many, note, show_error, table
 
 app = typer.Typer(help="Build, describe and search retrieval indexes.", no_args_is_help=True, rich_markup_mode=None)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
@@ -99,11 +99,14 @@ def build(
             | {"errors": [str(e.message) for e in errors]}
         )
     else:
-        emit(f"{out}: {manifest.count} passages from {files} files, {manifest.kind}, {_size(manifest.size_bytes)}")
+        emit(
+            f"{out}: {manifest.count} passages from {many(files, 'file')}, {manifest.kind}, {_size(manifest.size_bytes)}"
+        )
     for reason in manifest.reasons:
         note(f"  {reason}")
     if errors:
-        note(f"{len(errors)} files or lines could not be read; all others are in the index")
+        unread = many(len(errors), "file or line", "files or lines")
+        note(f"{unread} could not be read; all others are in the index")
         raise Failed
 
 

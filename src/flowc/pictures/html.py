@@ -233,10 +233,16 @@ def _ops(
                 if r["where"] is not None
                 and loc is not None
                 and r["where"][:2] == [loc.file, loc.line]
-                and not names.isdisjoint((r["op"], *r["op"].split(" = ")[0].split(", ")))
+                and _is_about(r["op"], names)
             ],
         }
     return out
+
+
+def _is_about(described: str, names: set[str]) -> bool:
+    """Does a remark's `%a, %b = if`, or `inside %a = if`, mean the operation of these names?"""
+    described = described.removeprefix("inside ")
+    return described in names or not names.isdisjoint(described.split(" = ")[0].split(", "))
 
 
 def _effect(op: Op) -> str:

@@ -191,7 +191,7 @@
   // -- side panel
   const remarkView = (r) => el("div", { class: "remark" + (r.fired ? " fired" : "") },
     el("b", {}, r.pass), el("span", { class: r.fired ? "yes" : "no" }, r.fired ? "fired" : "did not fire"),
-    el("div", { class: "why" }, r.verdict, r.detail ? ": " + r.detail : "", r.gain_s ? " Predicted gain " + seconds(r.gain_s) + "." : ""));
+    el("div", { class: "why" }, [r.verdict, r.detail, r.gain_s ? "predicted gain " + seconds(r.gain_s) : ""].filter(Boolean).join("; ")));
   function panel() {
     const aside = $("panel");
     aside.replaceChildren(...(chosen ? details(ops[chosen]) : summary()), ...sources());
@@ -288,7 +288,7 @@
     const p = data.passes[index], host = $("diff");
     if (!p) { host.replaceChildren(el("p", { class: "empty" }, "No pass has run.")); return; }
     for (const b of document.querySelectorAll(".pass")) b.setAttribute("aria-selected", +b.dataset.i === index);
-    const table = el("table", { class: "cmp" });
+    const table = el("table", { class: "cmp" }, el("colgroup", {}, el("col", { class: "n" }), el("col"), el("col", { class: "n" }), el("col")));
     for (const row of p.diff) {
       if (row.length === 1) { table.append(el("tr", {}, el("td", { class: "skip", colspan: 4 }, many(row[0], "equal line")))); continue; }
       const [ln, left, rn, right] = row, same = left === right;
