@@ -99,9 +99,8 @@ def build(
             | {"errors": [str(e.message) for e in errors]}
         )
     else:
-        emit(
-            f"{out}: {manifest.count} passages from {many(files, 'file')}, {manifest.kind}, {_size(manifest.size_bytes)}"
-        )
+        size = _size(manifest.size_bytes)
+        emit(f"{out}: {manifest.count} passages from {many(files, 'file')}, {manifest.kind}, {size}")
     for reason in manifest.reasons:
         note(f"  {reason}")
     if errors:
