@@ -877,16 +877,17 @@ class Driver:
         return item
 
     async def _work(self, item: CallItem) -> None:
-        me = asyncio.current_task()
-        assert me is not None
-        await self.work(item, me)
+        await self.work(item, is_callers=False)
 
-    async def work(self, first: CallItem, me: asyncio.Task[Any]) -> None:
+    async def work(self, first: CallItem, *, is_callers: bool) -> None:
         """Awaits an item's coroutine, goes on with its program, and awaits what that comes to next: a chain of
         awaits costs one task, and within it `asyncio.current_task()` stays the same, as in a plain coroutine.
 
-        CancelledError if somebody else cancelled the task; a cancelled item is no reason.
+        The task may be that of the program's caller: then CancelledError if somebody cancelled it (a cancelled item is
+        another matter). In a task of the driver's own that is the coroutine's error.
         """
+        me = asyncio.current_task()
+        assert me is not None
         item: CallItem | None = first
         cancelled_before = me.cancelling()
         while item is not None and not item.dead:
@@ -902,7 +903,8 @@ class Driver:
             del coroutine
             if item.dead:  # cancelled by its program: that is over, whatever the coroutine made of it
                 me.uncancel()
-            if me.cancelling() > cancelled_before and isinstance(value, asyncio.CancelledError):
+            if is_callers and me.cancelling() > cancelled_before and isinstance(value, asyncio.CancelledError):
+                item.task = None  # it is being cancelled already
                 raise value
             if item.dead:
                 return
@@ -1032,7 +1034,7 @@ def _cancel(handle: Any) -> None:
         one = stack.pop()
         if isinstance(one, Frame):
             one.dead = True
-            stack.extend(h for h in one.open.values() if h is not None)
+            stack.extend(h for h in reversed(one.open.values()) if h is not None)  # in program order
         else:
             one.cancel()
 

@@ -148,7 +148,7 @@ class Runtime:
             driver.end_turn()
             try:
                 if item is not None:
-                    await driver.work(item, _this_task())
+                    await driver.work(item, is_callers=True)
                 if not program.is_done:
                     done = loop.create_future()
                     await done
@@ -580,12 +580,6 @@ async def _ask(lane: Lane, kind: str, request: Any) -> Any:
     if isinstance(answer, BaseException):
         raise answer
     return answer
-
-
-def _this_task() -> asyncio.Task[Any]:
-    task = asyncio.current_task()
-    assert task is not None
-    return task
 
 
 def _has_running_loop() -> bool:

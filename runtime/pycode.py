@@ -591,6 +591,8 @@ class _Fused:
             return None
         assigned = {n.id for s in body for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         names = assigned | operand.keys()
+        if (result.keys() & operand.keys()) - assigned:
+            return None  # reads a variable that may be unbound: the function finds out where Python does
         if not result.keys() <= names or not _is_inlinable(body, names, self.scope.cells):
             return None
         mapping = dict(operand)
