@@ -123,6 +123,7 @@ class Rewrite(Pass, Generic[M]):
     def run(self, graph: Graph, costs: CostModel) -> Outcome:
         """Rewrites every site that may and pays, again until there is none: a rewrite can open up another."""
         fired: list[Remark] = []
+        remarks: list[Remark] = []
         for _ in range(MAX_ROUNDS):
             new, remarks = self._round(graph, costs)
             fired += (r for r in remarks if r.fired)

@@ -73,7 +73,7 @@ class Dce(Pass):
             return Region(params, tuple(ops), yields, region.ordered)
 
         def drop(op: Op) -> Remark:
-            effect = facts.effect(op)
+            effect = facts.own_effect(op)
             kept = _unused_but_kept(op, effect.writes, effect.may_raise)
             assert kept is None or op.name in ("cell", "store"), kept
             verdict = _UNLOADED if op.name in ("cell", "store") else _UNUSED

@@ -366,10 +366,13 @@ def _range_length(source: str, constants: Mapping[str, Attr]) -> int | None:
     bounds = []
     for arg in node.args:
         bound: object = None
-        if isinstance(arg, ast.Constant):
-            bound = arg.value
-        elif isinstance(arg, ast.Name):
+        if isinstance(arg, ast.Name):
             bound = constants.get(arg.id)
+        else:
+            try:
+                bound = ast.literal_eval(arg)
+            except ValueError:
+                return None
         if type(bound) is not int:
             return None
         bounds.append(bound)

@@ -352,8 +352,8 @@ def _maybe_unbound(graph: Graph) -> set[str]:
             case "store":
                 flow(op.operands[1:], op.operands[:1])
             case "py" if isinstance(outs := op.attrs.get("outs"), tuple):
-                given = dict(zip(op.attrs["params"], op.operands, strict=True))  # type: ignore[arg-type]
-                for out, result in zip(outs, op.results, strict=True):
+                given = dict(zip(texts(op.attrs["params"]), op.operands, strict=True))
+                for out, result in zip(texts(outs), op.results, strict=True):
                     if out in given:  # statements that may leave the variable as it was
                         flow((given[out],), (result,))
                 if re.search(r"\bdel\b|\bas\b", str(op.attrs["source"])):  # or unbind it themselves

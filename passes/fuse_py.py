@@ -164,7 +164,7 @@ def _units(region: Region, facts: Facts) -> list[_Unit]:
         }
         if not escaping:
             return units
-        apart |= escaping  # a variable's cell is nothing that an op gives to another: it stays apart or goes with all uses
+        apart |= escaping  # no op gives a variable's cell to another: it stays apart, or goes with all its uses
 
 
 def _units_with(

@@ -1,7 +1,7 @@
 """Random workflows that run: control flow, effects, errors, shared lists, calls; and what a run of one shows.
 
-Built op by op, not from source, so that every operation appears in every place. The Python in them is declared truthfully:
-what a `py` says of its reads, writes and errors is so.
+Built op by op, not from source, so that every operation appears in every place. The Python in them is declared
+truthfully: what a `py` says of its reads, writes and errors is so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from zlib import crc32
 
 from flowc.ir.builder import Block, Builder
-from flowc.ir.core import Attr, Graph, Op, Region, Scope, Value
+from flowc.ir.core import Graph, Op, Region, Scope, Value
 from flowc.ir.effects import order_edges
 from flowc.ir.errors import Loc
 from flowc.ir.types import ANY, BOOL, INT, NEVER, RANGE, TEXT, Type, list_of, sequence_of, tuple_of
@@ -42,13 +42,17 @@ class Backend:
 
     def generate(self, requests: Sequence[GenerateRequest], *_: object, **__: object) -> list[Generation | Exception]:
         return [
-            ValueError(f"no answer to {r.prompt[:20]!r}") if mix(r.prompt) % 31 == 0 else Generation(f"g{mix(r.prompt) % 89}")
+            ValueError(f"no answer to {r.prompt[:20]!r}")
+            if mix(r.prompt) % 31 == 0
+            else Generation(f"g{mix(r.prompt) % 89}")
             for r in requests
         ]
 
     def search(self, requests: Sequence[SearchRequest]) -> list[Docs | Exception]:
         return [
-            KeyError(r.query[:20]) if mix("s", r.query) % 31 == 0 else Docs(Doc(mix(r.query, i) % 100, f"d{i}") for i in range(r.k))
+            KeyError(r.query[:20])
+            if mix("s", r.query) % 31 == 0
+            else Docs(Doc(mix(r.query, i) % 100, f"d{i}") for i in range(r.k))
             for r in requests
         ]
 
@@ -72,7 +76,7 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """All that a run shows: what was written to each state, the value with which parts of it are one object, or the error and its lines."""
+    """All that a run shows: what was written to each state; the value, with what is one object in it; or the error."""
 
     logged: tuple[str, ...]
     saved: tuple[str, ...]
@@ -155,7 +159,9 @@ class Maker:
         self.visible += values
         return values[0]
 
-    def pure(self, source: str, *operands: Value, names: str, types: Sequence[Type], raises: bool = False) -> tuple[Value, ...]:
+    def pure(
+        self, source: str, *operands: Value, names: str, types: Sequence[Type], raises: bool = False
+    ) -> tuple[Value, ...]:
         return self.b.py(source, *operands, params=list(names), types=types, writes=(), raises=raises)
 
     # -- statements
@@ -190,7 +196,9 @@ class Maker:
             case 3:
                 self.keep(*self.pure("a + b", self.some(TEXT), self.some(TEXT), names="ab", types=[TEXT]))
             case 4:
-                self.keep(*self.pure("a[i % 9]", self.some(TEXT), self.some(INT), names="ai", types=[TEXT], raises=True))
+                self.keep(
+                    *self.pure("a[i % 9]", self.some(TEXT), self.some(INT), names="ai", types=[TEXT], raises=True)
+                )
             case _:
                 shared = self.rng.choice([v for v in self.visible if v.type in (ANY, sequence_of(TEXT))])
                 self.keep(b.template("{}", shared, reads=("py",)))
@@ -202,9 +210,13 @@ class Maker:
             case 1:
                 self.keep(*self.pure("a + b", self.some(INT), self.some(INT), names="ab", types=[INT]))
             case 2:
-                self.keep(*self.pure("a % (b + 1)", self.some(INT), self.some(INT), names="ab", types=[INT], raises=True))
+                self.keep(
+                    *self.pure("a % (b + 1)", self.some(INT), self.some(INT), names="ab", types=[INT], raises=True)
+                )
             case _:
-                self.keep(self.b.emit("equals", (self.some(INT),), [("eq", BOOL)], {"value": self.rng.choice([0, 1, 2])})[0])
+                self.keep(
+                    self.b.emit("equals", (self.some(INT),), [("eq", BOOL)], {"value": self.rng.choice([0, 1, 2])})[0]
+                )
 
     def opaque(self) -> None:
         match self.rng.randrange(4):
@@ -213,7 +225,11 @@ class Maker:
             case 1:
                 self.keep(*self.b.py("count()", types=[INT], params=[], reads=("py",), writes=(), raises=False))
             case 2:
-                self.keep(*self.b.py("x = log(a)\ny = a * 2", self.some(TEXT), params=["a"], outs=["x", "y"], types=[INT, TEXT]))
+                self.keep(
+                    *self.b.py(
+                        "x = log(a)\ny = a * 2", self.some(TEXT), params=["a"], outs=["x", "y"], types=[INT, TEXT]
+                    )
+                )
             case _:
                 self.keep(self.b.tool(self.save, "save", self.some(TEXT), type=INT, writes=("db",), reads=("db",)))
 
@@ -315,7 +331,7 @@ class Maker:
     def loop(self) -> None:
         """Carries values, may break."""
         items = self.iterable()
-        reads = {"reads": ("py",)} if items.type.name == "sequence" else {}
+        reads: dict[str, Any] = {"reads": ("py",)} if items.type.name == "sequence" else {}
         inits = [self.some(TEXT) for _ in range(self.rng.randrange(3))]
         breaks = self.rng.random() < 0.3
         item = INT if items.type == RANGE else TEXT
@@ -327,7 +343,7 @@ class Maker:
     def gather(self) -> None:
         """Collects lists."""
         items = self.iterable()
-        reads = {"reads": ("py",)} if items.type.name == "sequence" else {}
+        reads: dict[str, Any] = {"reads": ("py",)} if items.type.name == "sequence" else {}
         collects = self.rng.randrange(1, 3)
         item = INT if items.type == RANGE else TEXT
         with self.inside([("item", item)]) as body:
@@ -370,7 +386,7 @@ class Maker:
 
     def call(self) -> None:
         callee = self.rng.choice(self.callees)
-        effects: dict[str, Attr] = {"reads": ("py", "db", "index:idx"), "writes": ("py", "db")}
+        effects: Any = {"reads": ("py", "db", "index:idx"), "writes": ("py", "db")}
         self.keep(self.b.call(callee, self.some(TEXT), self.some(INT), self.b.params[2], **effects))
 
     # -- whole workflows
@@ -383,7 +399,12 @@ class Maker:
         values = self.rng.sample(self.visible, min(4, len(self.visible)))
         names = [f"x{i}" for i in range(len(values))]
         whole = self.b.py(
-            f"({', '.join(names)},)", *values, params=names, types=[ANY if values else tuple_of()], writes=(), raises=False
+            f"({', '.join(names)},)",
+            *values,
+            params=names,
+            types=[ANY if values else tuple_of()],
+            writes=(),
+            raises=False,
         )
         return self.b.finish(whole[0])
 
@@ -440,7 +461,7 @@ def make(rng: random.Random, size: int = 8) -> Program:
 
 
 class Adversary(_Interpreter):
-    """Runs regions that are not ordered in a random order that data and effects allow, and items of parallel loops likewise.
+    """Runs regions that are not ordered in a random order that data and effects allow; items of parallel loops too.
 
     Of what fails, the first in program order counts. A plan whose meaning depends on more order than that is wrong.
     """

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import fields
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -33,7 +34,9 @@ def test_options_have_defaults(name: str) -> None:
     assert all(getattr(step, f.name) == f.default for f in fields(step))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("passes", [*EVERY, *(pytest.param(text, id=f"-O{level}") for level, text in PIPELINES.items())])
+@pytest.mark.parametrize(
+    "passes", [*EVERY, *(pytest.param(text, id=f"-O{level}") for level, text in PIPELINES.items())]
+)
 @given(graph=graphs())
 @settings(max_examples=25)
 def test_every_graph(passes: str, graph: Graph) -> None:
@@ -41,7 +44,7 @@ def test_every_graph(passes: str, graph: Graph) -> None:
     once = manager.run(graph)
     verify(once.graph)
     assert [s.changed for s in once.stages] == [
-        a is not b for a, b in zip([graph, *(s.graph for s in once.stages)], [s.graph for s in once.stages])
+        a is not b for a, b in pairwise([graph, *(s.graph for s in once.stages)])
     ]
     before = graph
     for stage in once.stages:
