@@ -127,6 +127,7 @@ class _Verifier:
         self.workflows = workflows
         self.visible: dict[str, Value] = {}
         self.makers: dict[str, Op | None] = {}  # every value defined so far; None: a parameter
+        self.cells: set[str] = set()
         self.checks: dict[str, Callable[[Op], None]] = {
             "const": self.const,
             "equals": self.const,
@@ -175,6 +176,8 @@ class _Verifier:
 
     # -- SSA
     def use(self, value: Value, op: Op | None, what: str = "operand") -> None:
+        if value.name in self.cells and (what != "operand" or op is None or op.name not in ("load", "store")):
+            self.fail(f"{what} `{value}` is a cell, which only `load` and `store` take", op, "F025")
         known = self.visible.get(value.name)
         if known is value or known == value:
             return
@@ -191,6 +194,8 @@ class _Verifier:
         if value.name in self.makers:
             self.fail(f"value `{value}` is defined twice in workflow @{self.graph.name}", op, "F022")
         self.makers[value.name] = maker
+        if maker is not None and maker.name == "cell":
+            self.cells.add(value.name)
         self.visible[value.name] = value
         mine.append(value.name)
 
@@ -336,9 +341,11 @@ class _Verifier:
             self.fail(f"the source of `py` is no Python {kind}: {problem}", op, "F026")
 
     def cell(self, op: Op) -> None:
+        for stored in op.operands[1:]:
+            if stored.name in self.cells:
+                self.fail(f"`{stored}` is a cell, which cannot be stored", op, "F025")
         value = op.operands[0]
-        maker = self.makers.get(value.name)
-        if maker is None or maker.name != "cell":
+        if value.name not in self.cells:
             hint = "its first operand is the result of a `cell`"
             self.fail(f"`{op.name}` takes a cell, but `{value}` is none", op, "F025", hint)
 

@@ -101,6 +101,7 @@ class _Maker:
         self.max_depth = max_depth
         self.taken: set[str] = set()
         self.visible: list[Value] = []
+        self.cells: list[Value] = []
         self.ops: list[Op] = []
         self.makers: dict[str, str] = {}
         self.depth = 0
@@ -172,7 +173,7 @@ class _Maker:
     @contextmanager
     def inside(self, types: Sequence[Type] = ()) -> Iterator[Callable[[Sequence[Value]], Region]]:
         """Opens a region; what it gives makes the region of the values to yield."""
-        outer, visible = self.ops, len(self.visible)
+        outer, visible, cells = self.ops, len(self.visible), len(self.cells)
         params = tuple(map(self.new, types))
         self.visible += params
         self.ops = []
@@ -185,7 +186,7 @@ class _Maker:
             yield done
         finally:
             self.ops = outer
-            del self.visible[visible:]
+            del self.visible[visible:], self.cells[cells:]
             self.depth -= 1
 
     def region(self, wanted: Sequence[Type], params: Sequence[Type] = (), *, plain: bool = False) -> Region:
@@ -261,7 +262,11 @@ class _Maker:
         self.emit("py", operands, [ANY] * len(outs), attrs | self.effect())
 
     def make_cell(self, _: bool = False) -> None:
-        (cell,) = self.emit("cell", (self.value(),))
+        if not self.cells or self.flip():
+            (cell,) = self.emit("cell", (self.value(),))
+            self.visible.remove(cell)  # a cell is no value: only these two take it
+            self.cells.append(cell)
+        cell = self.draw(st.sampled_from(self.cells))
         if self.flip():
             self.emit("store", (cell, self.value()), (NONE,))
         if self.flip():

@@ -255,6 +255,24 @@ BROKEN: dict[str, tuple[str, str, str, str | None]] = {
     "resource's type": ("%x = search (%q) {resource = 3} : docs", "F025", "`search` names no resource", None),
     "no tool": ("%x = tool (%q) : any", "F025", "`tool` lacks its attribute `tool`", None),
     "no cell": ("%x = load (%q) : any", "F025", "`load` takes a cell, but `%q` is none", "the result of a `cell`"),
+    "cell as a value": (
+        "%c = cell (%q) : any\n%x = append (%l, %c) : any",
+        "F025",
+        "operand `%c` is a cell, which only `load` and `store` take",
+        None,
+    ),
+    "cell in a cell": (
+        "%c = cell (%q) : any\n%y = store (%c, %c) : none",
+        "F025",
+        "`%c` is a cell, which cannot be stored",
+        None,
+    ),
+    "cell yielded": (
+        "%x = fused : any body {\n%c = cell (%q) : any\nyield %c\n}",
+        "F025",
+        "yielded value `%c` is a cell",
+        None,
+    ),
     "store into no cell": ("%x = undef : any\n%y = store (%x, %q) : none", "F025", "`store` takes a cell", None),
     # F026: Python
     "syntax": (
