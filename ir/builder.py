@@ -1,8 +1,8 @@
 """Builds workflows without source, op by op.
 
-    b = Builder("hyde", [("question", TEXT)])
-    hypo = b.generate("default", b.template("Write a passage that answers: {}", b.params[0]), max_tokens=96)
-    graph = b.finish(b.search("pydocs", hypo, k=5))
+b = Builder("hyde", [("question", TEXT)])
+hypo = b.generate("default", b.template("Write a passage that answers: {}", b.params[0]), max_tokens=96)
+graph = b.finish(b.search("pydocs", hypo, k=5))
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class Block:
 class Builder:
     """A workflow under construction; new ops go to the innermost open region. `loc` is given to every new op."""
 
-    def __init__(self, name: str, params: Sequence[tuple[str, Type]] = (), *, scope: str = "", loc: Loc | None = None) -> None:
+    def __init__(
+        self, name: str, params: Sequence[tuple[str, Type]] = (), *, scope: str = "", loc: Loc | None = None
+    ) -> None:
         self.name = name
         self.scope = scope
         self.names = Names()
@@ -53,7 +55,7 @@ class Builder:
 
     @contextmanager
     def region(self, params: Sequence[tuple[str, Type]] = ()) -> Iterator[Block]:
-        """Opens a region: ops built inside the `with` go there. Set `.yields` before it ends; then `.done()` is the Region."""
+        """Opens a region: ops built inside the `with` go there. Set `.yields` in it; then `.done()` is the Region."""
         block = Block(tuple(Value(self.names.fresh(n), t) for n, t in params))
         self._stack.append(block)
         try:
@@ -65,7 +67,13 @@ class Builder:
         assert len(self._stack) == 1, "a region is still open"
         self.block.yields = (result,)
         return Graph(
-            self.name, self.block.done(), self.scope, tuple(self.callees.values()), self._graph_loc, self.scopes, self.symbols
+            self.name,
+            self.block.done(),
+            self.scope,
+            tuple(self.callees.values()),
+            self._graph_loc,
+            self.scopes,
+            self.symbols,
         )
 
     # -- ops
@@ -88,7 +96,9 @@ class Builder:
     def const(self, value: Attr, hint: str = "c") -> Value:
         return self.emit("const", (), [(hint, type_of(value))], {"value": value})[0]
 
-    def template(self, text: str, *operands: Value, formats: Sequence[str] = (), hint: str = "prompt", **attrs: Attr) -> Value:
+    def template(
+        self, text: str, *operands: Value, formats: Sequence[str] = (), hint: str = "prompt", **attrs: Attr
+    ) -> Value:
         shown = tuple(formats) if any(formats) else None
         return self.emit("template", operands, [(hint, TEXT)], {"text": text, "formats": shown, **attrs})[0]
 
@@ -145,7 +155,9 @@ class Builder:
     def none(self) -> Value:
         return self.emit("const", (), [("none", NONE)], {"value": None})[0]
 
-    def if_(self, condition: Value, then: Region, orelse: Region, hints: Sequence[str] | None = None) -> tuple[Value, ...]:
+    def if_(
+        self, condition: Value, then: Region, orelse: Region, hints: Sequence[str] | None = None
+    ) -> tuple[Value, ...]:
         hints = hints or [v.name for v in then.yields]
         types = [join(a.type, b.type) for a, b in zip(then.yields, orelse.yields, strict=True)]
         return self.emit("if", (condition,), list(zip(hints, types, strict=True)), None, (then, orelse))
@@ -155,7 +167,14 @@ class Builder:
         return self.emit("while", inits, results, {"limit": limit}, (cond, body))
 
     def foreach(
-        self, items: Value, inits: Sequence[Value], body: Region, *, collects: int = 0, breaks: bool = False, **attrs: Attr
+        self,
+        items: Value,
+        inits: Sequence[Value],
+        body: Region,
+        *,
+        collects: int = 0,
+        breaks: bool = False,
+        **attrs: Attr,
     ) -> tuple[Value, ...]:
         carried = [(p.name, p.type) for p in body.params[1:]]
         lists = [(v.name, v.type) for v in body.yields[len(body.yields) - collects :]] if collects else []

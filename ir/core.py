@@ -19,7 +19,7 @@ Attr = str | int | float | bool | None | bytes | tuple["Attr", ...]
 
 
 class Attrs(dict[str, Attr]):
-    """An immutable, hashable mapping of attribute names to literals (str, int, float, bool, None, bytes, tuples of them)."""
+    """An immutable, hashable mapping of names to literals (str, int, float, bool, None, bytes, tuples of them)."""
 
     __slots__ = ()
 
@@ -48,7 +48,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One operation. `name` is a key of `flowc.ir.ops.OPS`; the last `len(attrs["kw"])` operands are keyword operands."""
+    """One operation. `name` is a key of `flowc.ir.ops.OPS`; the last `len(attrs["kw"])` operands are keywords."""
 
     name: str
     operands: tuple[Value, ...] = ()
@@ -74,7 +74,7 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A straight list of operations with parameters and yielded values. Values of enclosing regions are visible inside."""
+    """A straight list of operations with parameters and yielded values. It sees the values of enclosing regions."""
 
     params: tuple[Value, ...] = ()
     ops: tuple[Op, ...] = ()
@@ -163,7 +163,7 @@ def free_values(region: Region) -> tuple[Value, ...]:
 
 
 def map_region(region: Region, rewrite: Callable[[Region], Region]) -> Region:
-    """Applies `rewrite` to every region bottom up, inner regions first; what does not change is kept as the same object."""
+    """Applies `rewrite` to every region, inner regions first; what does not change is kept as the same object."""
     ops = []
     changed = False
     for op in region.ops:
@@ -183,7 +183,9 @@ def substitute(region: Region, mapping: Mapping[str, Value]) -> Region:
     def on_op(op: Op) -> Op:
         operands = tuple(mapping.get(v.name, v) for v in op.operands)
         regions = tuple(substitute(r, mapping) for r in op.regions)
-        return op if operands == op.operands and regions == op.regions else replace(op, operands=operands, regions=regions)
+        return (
+            op if operands == op.operands and regions == op.regions else replace(op, operands=operands, regions=regions)
+        )
 
     ops = tuple(map(on_op, region.ops))
     yields = tuple(mapping.get(v.name, v) for v in region.yields)

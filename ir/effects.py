@@ -4,8 +4,8 @@ Two operations keep program order if one writes state that the other reads or wr
 operation before it that may raise, because plain Python would not have reached the write. Reads and pure operations
 wait for no error: they may run ahead, and the runtime drops what Python would not have computed.
 
-After "transform, schedule, then re-derive dependencies" (Lin et al., SuperScaler, 2023, section 3): order is derived from the
-operations each time it is needed and stored nowhere, so no rewrite can leave it stale.
+After "transform, schedule, then re-derive dependencies" (Lin et al., SuperScaler, 2023, section 3): order is derived
+from the operations each time it is needed and stored nowhere, so no rewrite can leave it stale.
 """
 
 from __future__ import annotations

@@ -132,7 +132,11 @@ OPS: dict[str, OpSpec] = {
         OpSpec("append", "A list with one more item.", (ANY, ANY)),
         OpSpec("concat", "One list after another.", (ANY, ANY)),
         OpSpec(
-            "equals", "Is the value this literal?", (ANY,), results=(BOOL,), attrs={"value": AttrSpec((object,), "the literal", required=True)}
+            "equals",
+            "Is the value this literal?",
+            (ANY,),
+            results=(BOOL,),
+            attrs={"value": AttrSpec((object,), "the literal", required=True)},
         ),
         OpSpec("undef", "The value of a variable that is not bound.", ()),
         OpSpec(
@@ -171,8 +175,8 @@ OPS: dict[str, OpSpec] = {
         OpSpec("if", "One of two regions.", (ANY,), results=None, regions=("then", "else")),
         OpSpec(
             "while",
-            "Carries its operands around. `cond` yields whether to go on; `body` yields first whether to look at `cond` again "
-            "(false is a break), then the next carried values.",
+            "Carries its operands around. `cond` yields whether to go on; `body` yields first whether to look at "
+            "`cond` again (false is a break), then the next carried values.",
             None,
             results=None,
             attrs={"limit": AttrSpec(_INT, "most iterations", required=True)},
@@ -181,9 +185,10 @@ OPS: dict[str, OpSpec] = {
         ),
         OpSpec(
             "foreach",
-            "Over the first operand's items, carrying the others around. The body takes the item and the carried values; it yields, "
-            "with `breaks`, first whether to go on; then the next carried values; then `collects` lists that are joined in item order. "
-            "Results: the carried values, then the joined lists. With `parallel` all items run at once.",
+            "Over the first operand's items, carrying the others around. The body takes the item and the carried "
+            "values; it yields, with `breaks`, first whether to go on; then the next carried values; then "
+            "`collects` lists that are joined in item order. Results: the carried values, then the joined lists. "
+            "With `parallel` all items run at once.",
             None,
             results=None,
             attrs={
@@ -197,8 +202,9 @@ OPS: dict[str, OpSpec] = {
         ),
         OpSpec(
             "try",
-            "The body's values, or those of the first handler that takes its error. A handler region has the error as its parameter; "
-            "`handlers` holds for each handler the Python expression of its exception types over `params` (the operands), or empty for all.",
+            "The body's values, or those of the first handler that takes its error. A handler region has the "
+            "error as its parameter; `handlers` holds for each handler the Python expression of its exception "
+            "types over `params` (the operands), or empty for all.",
             None,
             results=None,
             attrs={
@@ -218,8 +224,16 @@ OPS: dict[str, OpSpec] = {
         ),
         # -- resources
         OpSpec(
-            "embed", "The unit vector of a text.", (TEXT,), results=(VECTOR,), attrs={**_RESOURCE, **_KW, **_EFFECT, "timeout": _TIMEOUT},
-            effect=RAISES, lane="embed", batch_key=("resource",), has_resource=True, cost_s=lambda op, r: r["embed_s"],
+            "embed",
+            "The unit vector of a text.",
+            (TEXT,),
+            results=(VECTOR,),
+            attrs={**_RESOURCE, **_KW, **_EFFECT, "timeout": _TIMEOUT},
+            effect=RAISES,
+            lane="embed",
+            batch_key=("resource",),
+            has_resource=True,
+            cost_s=lambda op, r: r["embed_s"],
         ),
         OpSpec(
             "search",
@@ -228,12 +242,18 @@ OPS: dict[str, OpSpec] = {
             optional={"k": INT, "nprobe": INT, "timeout": ANY},
             results=(DOCS,),
             attrs={
-                **_RESOURCE, **_KW, **_EFFECT,
+                **_RESOURCE,
+                **_KW,
+                **_EFFECT,
                 "k": AttrSpec(_INT, "how many passages"),
                 "nprobe": AttrSpec(_INT, "how many clusters to probe"),
                 "timeout": _TIMEOUT,
             },
-            effect=RAISES, lane="search", batch_key=("resource", "k", "nprobe"), is_elastic=True, has_resource=True,
+            effect=RAISES,
+            lane="search",
+            batch_key=("resource", "k", "nprobe"),
+            is_elastic=True,
+            has_resource=True,
             cost_s=lambda op, r: r["search_s"],
         ),
         OpSpec(
@@ -242,17 +262,40 @@ OPS: dict[str, OpSpec] = {
             (TEXT, DOCS),
             optional={"k": INT, "timeout": ANY},
             results=(DOCS,),
-            attrs={**_RESOURCE, **_KW, **_EFFECT, "k": AttrSpec(_INT, "how many passages to keep"), "timeout": _TIMEOUT},
-            effect=RAISES, lane="rerank", batch_key=("resource",), has_resource=True, cost_s=lambda op, r: 8 * r["rerank_s_per_doc"],
+            attrs={
+                **_RESOURCE,
+                **_KW,
+                **_EFFECT,
+                "k": AttrSpec(_INT, "how many passages to keep"),
+                "timeout": _TIMEOUT,
+            },
+            effect=RAISES,
+            lane="rerank",
+            batch_key=("resource",),
+            has_resource=True,
+            cost_s=lambda op, r: 8 * r["rerank_s_per_doc"],
         ),
         OpSpec(
             "generate",
             "What the model writes after a prompt.",
             (TEXT,),
-            optional={"max_tokens": INT, "temperature": ANY, "top_p": ANY, "top_k": INT, "stop": ANY, "seed": ANY, "timeout": ANY},
+            optional={
+                "max_tokens": INT,
+                "temperature": ANY,
+                "top_p": ANY,
+                "top_k": INT,
+                "stop": ANY,
+                "seed": ANY,
+                "timeout": ANY,
+            },
             results=(TEXT,),
             attrs={**_RESOURCE, **_KW, **_EFFECT, **_SAMPLING, "timeout": _TIMEOUT},
-            effect=RAISES, lane="llm", batch_key=("resource",), is_elastic=True, has_resource=True, cost_s=_generate_s,
+            effect=RAISES,
+            lane="llm",
+            batch_key=("resource",),
+            is_elastic=True,
+            has_resource=True,
+            cost_s=_generate_s,
         ),
         OpSpec(
             "choose",
@@ -260,7 +303,11 @@ OPS: dict[str, OpSpec] = {
             (TEXT, ANY),
             results=(TEXT,),
             attrs={**_RESOURCE, **_KW, **_EFFECT, "timeout": _TIMEOUT},
-            effect=RAISES, lane="llm", batch_key=("resource",), has_resource=True, cost_s=_prefill_s,
+            effect=RAISES,
+            lane="llm",
+            batch_key=("resource",),
+            has_resource=True,
+            cost_s=_prefill_s,
         ),
         OpSpec(
             "parse",
@@ -268,19 +315,27 @@ OPS: dict[str, OpSpec] = {
             (TEXT,),
             optional={"max_tokens": INT, "temperature": ANY, "seed": ANY, "timeout": ANY},
             attrs={
-                **_RESOURCE, **_KW, **_EFFECT, **_SAMPLING,
+                **_RESOURCE,
+                **_KW,
+                **_EFFECT,
+                **_SAMPLING,
                 "model": AttrSpec(_STR, "the pydantic model's name in the workflow's symbols", required=True),
                 "ref": AttrSpec(_STR, "where to import it from: `module:name`"),
                 "timeout": _TIMEOUT,
             },
-            effect=RAISES, lane="llm", batch_key=("resource",), has_resource=True, cost_s=_generate_s,
+            effect=RAISES,
+            lane="llm",
+            batch_key=("resource",),
+            has_resource=True,
+            cost_s=_generate_s,
         ),
         OpSpec(
             "tool",
             "A call of a declared Python function.",
             None,
             attrs={
-                **_KW, **_EFFECT,
+                **_KW,
+                **_EFFECT,
                 "tool": AttrSpec(_STR, "its name in the workflow's symbols", required=True),
                 "ref": AttrSpec(_STR, "where to import it from: `module:name`"),
                 "is_async": AttrSpec(_BOOL, "an async def"),
@@ -288,7 +343,9 @@ OPS: dict[str, OpSpec] = {
                 "retries": AttrSpec(_INT, "how often to try again after an error, if it is idempotent"),
                 "idempotent": AttrSpec(_BOOL, "may it run twice?"),
             },
-            effect=RAISES, lane="io", cost_s=lambda op, r: r["tool_s"],
+            effect=RAISES,
+            lane="io",
+            cost_s=lambda op, r: r["tool_s"],
         ),
         OpSpec(
             "invoke",
@@ -299,7 +356,9 @@ OPS: dict[str, OpSpec] = {
                 "tools": AttrSpec(_NAMES, "names of the tools it may be", required=True),
                 "refs": AttrSpec(_NAMES, "where to import them from"),
             },
-            effect=RAISES, lane="io", cost_s=lambda op, r: r["tool_s"],
+            effect=RAISES,
+            lane="io",
+            cost_s=lambda op, r: r["tool_s"],
         ),
     )
 }
@@ -330,7 +389,7 @@ def effect_of(op: Op) -> Effect:
             if "temperature" in _texts(attrs.get("kw")) or attrs.get("temperature", 0):
                 effect |= Effect(is_sampled=True)
         case "search":
-            effect |= Effect(reads=frozenset({f"index:{attrs['resource']}"}))
+            effect |= Effect(reads=frozenset({f"index:{op.attr('resource')}"}))
         case "cell" | "store":
             effect |= Effect(writes=frozenset({f"cell:{(op.operands if op.name == 'store' else op.results)[0].name}"}))
         case "load":
@@ -381,7 +440,9 @@ def keyword_operands(op: Op) -> dict[str, int]:
 
 
 SCHEDULE_ATTRS: dict[str, AttrSpec] = {
-    "wave": AttrSpec(_INT, "level of the op among its region's lane operations: equal levels of many programs run as one batch"),
+    "wave": AttrSpec(
+        _INT, "level of the op among its region's lane operations: equal levels of many programs run as one batch"
+    ),
     "batch": AttrSpec(_STR, "operations with equal batch keys may share a backend call, across programs too"),
 }
 """What the scheduling passes write on any op."""

@@ -31,7 +31,15 @@ SCALARS = frozenset({TEXT, INT, FLOAT, BOOL, NONE, BYTES})
 ATOMS = {t.name: t for t in (*SCALARS, DOC, DOCS, VECTOR, RANGE, ANY, NEVER)}
 ARITY = {"list": 1, "sequence": 1, "tuple": None}  # None: any number
 
-_PYTHON: dict[type, Type] = {str: TEXT, int: INT, float: FLOAT, bool: BOOL, type(None): NONE, bytes: BYTES, range: RANGE}
+_PYTHON: dict[type, Type] = {
+    str: TEXT,
+    int: INT,
+    float: FLOAT,
+    bool: BOOL,
+    type(None): NONE,
+    bytes: BYTES,
+    range: RANGE,
+}
 
 
 def list_of(item: Type) -> Type:
