@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -446,6 +448,45 @@ def test_a_reader_that_goes_away_is_no_crash(cli: Flowc, tmp_path: Path) -> None
     assert json.loads(done.stdout)["value"] == 2
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+def test_ctrl_c_ends_at_once_and_keeps_what_is_finished(cli: Flowc, tmp_path: Path) -> None:
+    (tmp_path / "nap.py").write_text(
+        "import time\nfrom flowc import tool, workflow\n@tool(reads=['clock'])\ndef nap(n: int) -> int:\n"
+        "    time.sleep(60 if n else 0)\n    return n\n@workflow\ndef w(n: int) -> int:\n    return nap(n)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "flowc",
+            "run",
+            "nap.py:w",
+            "--inputs",
+            lines(tmp_path, "0", "1"),
+            "--output",
+            "o.jsonl",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root / "src")},
+    )
+    try:
+        for _ in range(600):
+            if (tmp_path / "o.jsonl").exists() and (tmp_path / "o.jsonl").stat().st_size:
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "1 of 2 results are written" in err
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert json.loads((tmp_path / "o.jsonl").read_text())["value"] == 0
 
 
 def test_stdin_is_inputs_too(cli: Flowc, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from flowc.ir.errors import FlowcError
 
 from . import compile, doctor, index, model
 from . import run as running
-from .console import USAGE, Failed, exit_code, interruptible, show_error
+from .console import INTERRUPTED, USAGE, Failed, exit_code, interruptible, note, show_error
 from .version import show_version
 
 __all__ = ["app", "run"]
@@ -50,7 +50,7 @@ def run(args: list[str]) -> int:
     try:
         with interruptible():
             code = app(args, standalone_mode=False)
-            return code if isinstance(code, int) else 0
+            return _ended(code if isinstance(code, int) else 0)
     except Failed as error:
         return error.code
     except FlowcError as error:
@@ -58,11 +58,18 @@ def run(args: list[str]) -> int:
             show_error(error, as_json=as_json)
         return exit_code(error)
     except typer.Exit as error:
-        return int(error.exit_code)
+        return _ended(int(error.exit_code))
     except typer.Abort:
-        return 130
+        return _ended(INTERRUPTED)
     except Exception as error:
         return _other(error, as_json)
+
+
+def _ended(code: int) -> int:
+    """typer turns Ctrl-C into an exit code and says nothing."""
+    if code == INTERRUPTED:
+        note("interrupted")
+    return code
 
 
 def _other(error: Exception, as_json: bool) -> int:

@@ -221,6 +221,10 @@ class Job:
                 inputs = [dict(row.bound.arguments) for row in good]
                 with tracing(self.trace):
                     self.compiled.map(inputs, concurrency=concurrency, progress=False, on_done=finished)
+            except KeyboardInterrupt:
+                if writer is not None:
+                    note(f"{writer.written} of {len(rows)} results are written")
+                raise
             finally:
                 if writer is not None:
                     writer.close()
