@@ -1,4 +1,4 @@
-"""A seeded event loop whose clock jumps: what waits for a second is over at once, in the order that a real clock would give.
+"""A seeded event loop whose clock jumps: a second is over at once, and all comes in the order of a real clock.
 
     loop = VirtualLoop(seed=7)
     value = loop.run(runtime.run_async(plan, args))

@@ -1,10 +1,10 @@
 """The driver: runs programs' instructions, and hands to lanes, tasks and threads what has to wait.
 
 One driver belongs to one thread or one event loop and runs any number of programs. It holds no task, no lock and no
-object per instruction: `advance` sweeps over a region's instructions in program order and runs each on the spot while nothing
-is open. What has to wait is left open, what needs it is passed over and counted, and the sweep goes on. When an open
-instruction completes, those whose count reaches zero run. Regions inside regions and calls are walked by the same loop, without
-Python's stack, so depth costs memory only.
+object per instruction: `advance` sweeps over a region's instructions in program order and runs each on the spot while
+nothing is open. What has to wait is left open, what needs it is passed over and counted, and the sweep goes on. When
+an open instruction completes, those whose count reaches zero run. Regions inside regions and calls are walked by the
+same loop, without Python's stack, so depth costs memory only.
 
 Of several instructions that fail in one region, the first in program order wins, once nothing before it is open: until
 then a failure only stops what comes after it.
@@ -153,7 +153,7 @@ class Driver:
         on_text: Callable[[str], None] | None = None,
         context: Context | None = None,
     ) -> Program:
-        """A new program, with everything run that can run at once: in `context`, or in the caller's and later in a copy of it."""
+        """A new program, with all run that can run at once: in `context`, or in the caller's and then in a copy."""
         program = Program(self, plan, self.runtime.next_program(), trace)
         function = plan.entry
         slots = function.slots.copy()
@@ -332,7 +332,7 @@ class Driver:
 
     # -- waiting without a loop
     def drive(self) -> None:
-        """Runs until no program is active. In the caller's thread; starts an event loop when something asynchronous turns up."""
+        """Runs until no program is active, in the caller's thread; starts an event loop when something needs one."""
         self.end_turn()
         while self.active:
             if self._unstarted or self._outbox:
@@ -456,10 +456,9 @@ class Driver:
                             spent = clock() - start
                             if spent > SLOW_S:
                                 b.note(spent)
-                                if program.deadline_s is not None:  # look whether it has passed
-                                    if sweeping:
-                                        frame.pc = i
-                                        break
+                                if sweeping and program.deadline_s is not None:  # look whether it has passed
+                                    frame.pc = i
+                                    break
                             continue
                         target = Target("", fn, False, b)
                         handle: Any = CallItem(self, frame, i - 1, out, target, a(slots), {})
@@ -553,7 +552,7 @@ class Driver:
                 frame = self._op_failed(at, i - 1, error)
 
     def _advance_items(self, frame: Frame) -> Frame | None:
-        """The frame that stands for all items of a `foreach` with slots of their own; each of its instructions is one item's body."""
+        """Advances the frame that stands for all items of a `foreach`: each of its instructions is one item's body."""
         node: ForeachNode = frame.node
         items, results, at_once = frame.state
         if frame.error is None and (at_once or not frame.open):
@@ -854,7 +853,7 @@ class Driver:
         return item
 
     def _start_task(self, item: CallItem) -> None:
-        """Lets a task of the loop, if there is one yet, await the item's coroutine: the one that is at it, if it has room."""
+        """Lets a task of the loop, if there is one yet, await the item's coroutine: the task at hand if it has room."""
         if self.loop is None:
             self._unstarted.append(item)
         elif self._has_room:
@@ -953,6 +952,7 @@ class Driver:
             return
         target = item.target
         error: BaseException | None = None
+        value: Any = None
         try:
             if target.is_async:
                 item.task = target.fn(*item.args, **item.kwargs)

@@ -1,4 +1,4 @@
-"""The runtime: what the facade talks to. One per process is usual; it owns the lanes, the thread pool and the drivers."""
+"""The runtime: what the facade talks to. It owns the lanes, the thread pool and the drivers; one a process is usual."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import itertools
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextvars import copy_context
 from queue import SimpleQueue
 from types import TracebackType
@@ -36,8 +36,9 @@ class _ThreadLoop(threading.local):
 class Runtime:
     """Runs plans over backends. Thread-safe; use as a context manager or `close` it.
 
-    `resources` is asked for each backend once, when the first operation needs it. `io_threads` bounds how many synchronous
-    tools run at once outside the driver's thread. `trace` records every run that names no trace of its own.
+    `resources` is asked for each backend once, when the first operation needs it. `io_threads` bounds how many
+    synchronous tools run at once outside the driver's thread. `trace` records every run that names no trace of its
+    own.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Runtime:
     def run(
         self, plan: Plan, args: Sequence[Any], *, timeout_s: float | None = None, trace: Trace | None = None
     ) -> Any:
-        """The workflow's value. Works in the caller's thread, or blocks on another one if an event loop runs in this one."""
+        """The workflow's value. Works in the caller's thread, or on another one if an event loop runs in this one."""
         try:
             return self._run(plan, args, timeout_s, trace, None)
         except BaseException as error:
@@ -116,7 +117,7 @@ class Runtime:
     async def run_async(
         self, plan: Plan, args: Sequence[Any], *, timeout_s: float | None = None, trace: Trace | None = None
     ) -> Any:
-        """The workflow's value, run inside the running loop. Cancelling the awaiting task cancels the program at once."""
+        """The workflow's value, under the running loop. Cancelling the awaiting task cancels the program at once."""
         try:
             return await self._run_async(plan, args, timeout_s, trace, None)
         except BaseException as error:
@@ -186,10 +187,11 @@ class Runtime:
         on_done: Callable[[int, Outcome], None] | None = None,
         trace: Trace | None = None,
     ) -> list[Outcome]:
-        """What became of each input, in order. At most `concurrency` programs are in flight; inputs are drawn as they are needed.
+        """What became of each input, in order.
 
-        One program's error is its own outcome and nobody else's. After a KeyboardInterrupt those that had finished have
-        been told to `on_done`, and are in the interrupt's attribute `outcomes` (index -> Outcome).
+        At most `concurrency` programs are in flight; inputs are drawn as they are needed. One program's
+        error is its own outcome and nobody else's. After a KeyboardInterrupt those that had finished have been told to
+        `on_done`, and are in the interrupt's attribute `outcomes` (index -> Outcome).
         """
         driver = self._new_driver()
         feed = _Feed(driver, plan, inputs, concurrency, timeout_s, on_done, trace or self.trace)
@@ -255,10 +257,11 @@ class Runtime:
     ) -> Iterator[str]:
         """The pieces of the workflow's text as they come; together they are its value.
 
-        A generation is passed on live only if its text is certain to be the result: it is what the workflow returns, at its
-        top level, in the taken branch of an `if` or in a workflow called in that place. (A loop may write it again, a
-        handler may replace it: there, and where the result is anything else, the text comes whole at the end.) A
-        result that is no text comes as its `str`. Errors come out of the iterator. Closing it early cancels the program.
+        A generation is passed on live only if its text is certain to be the result: it is what the workflow returns,
+        at its top level, in the taken branch of an `if` or in a workflow called in that place. (A loop may write it
+        again, a handler may replace it: there, and where the result is anything else, the text comes whole at the
+        end.) A result that is no text comes as its `str`. Errors come out of the iterator. Closing it early cancels
+        the program.
         """
         pieces: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         driver = self._new_driver()
@@ -346,7 +349,7 @@ class Runtime:
         return self.submit_blocking(kind, resource, make_request(kind, operands, options), model=model)
 
     def submit_blocking(self, kind: str, resource: str, request: Any, *, model: Any = None) -> Any:
-        """The operation's value for a backend's request: text for `generate`, the option for `choose`, Docs for `search`.
+        """The operation's value for a request: text for `generate`, an option for `choose`, Docs for `search`.
 
         Batches with whatever else the lane holds. From any thread; blocks. `model` is the pydantic class of a `parse`.
         """
@@ -395,7 +398,7 @@ class Runtime:
                 item.driver.post([(item, False, error)])
 
     def private_loop(self) -> asyncio.AbstractEventLoop:
-        """This thread's event loop for synchronous runs. It is kept between runs, as clients of async tools are bound to theirs."""
+        """This thread's event loop for synchronous runs; kept, as clients of async tools are bound to it."""
         loop = self._thread_loop.loop
         if loop is None or loop.is_closed():
             loop = self._thread_loop.loop = asyncio.new_event_loop()
@@ -405,7 +408,7 @@ class Runtime:
 
     # -- the end
     def close(self, timeout_s: float = 5.0) -> None:
-        """Ends what is running (with RunError), the lanes' workers and the pool. Calls in progress may finish; none is begun."""
+        """Ends what is running (with RunError), the lanes' workers and the pool. Calls in progress may finish."""
         with self._lock:
             if self._is_closed:
                 return

@@ -1,8 +1,8 @@
 """Lanes: where operations of all programs meet before a backend and leave as one batch.
 
-Each resource has a lane with one worker thread (a backend with `async def` methods has one in each event loop instead). A free
-lane takes a *wavefront*: of everything queued, all that may share a call with the item chosen first. While the backend
-works, the next wavefront gathers; nobody waits for a timer.
+Each resource has a lane with one worker thread (a backend with `async def` methods has one in each event loop
+instead). A free lane takes a *wavefront*: of everything queued, all that may share a call with the item chosen first.
+While the backend works, the next wavefront gathers; nobody waits for a timer.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _own(error: BaseException) -> BaseException:
 
 
 def _may_be_one_items_fault(error: BaseException, batch: list[LaneItem]) -> bool:
-    """Is it worth asking item by item after a call failed as a whole? Not if the machine, a file or a server is the reason."""
+    """Is it worth asking item by item after a call failed as a whole? Not if a file or a server is the reason."""
     return len(batch) > 1 and isinstance(error, Exception) and not isinstance(error, OSError | MemoryError | FlowcError)
 
 
@@ -292,5 +292,5 @@ class _Worker(threading.local):
 
 
 worker = _Worker()
-"""Says of the current thread whether it belongs to a pool: there a program runs its tools on the spot, so that a pool full of
-tools that start programs of their own cannot wait for itself."""
+"""Says of the current thread whether it belongs to a pool: there a program runs its tools on the spot, so that a pool
+full of tools that start programs of their own cannot wait for itself."""

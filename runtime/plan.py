@@ -1,19 +1,19 @@
 """A graph made ready to run: per region a flat list of instructions over numbered slots.
 
-A workflow is a `Function`: one list of slots for its values, which its regions share, because no region of it runs twice at
-the same time. Only the body of a `foreach` whose items run at once has slots of its own, with the values that it captures
-copied in. Constants are in the slots from the start and are no instructions.
+A workflow is a `Function`: one list of slots for its values, which its regions share, because no region of it runs
+twice at the same time. Only the body of a `foreach` whose items run at once has slots of its own, with the values
+that it captures copied in. Constants are in the slots from the start and are no instructions.
 
-An instruction is a tuple `(kind, fn, a, b, out)`, ready for the driver's inner loop: `a` and `b` are slots or a getter of
-several, `out` is a slot or a slice of slots. What an instruction waits for is kept the other way round, as the list of
-those that wait for it, and it is read only once something is still open: see `flowc.runtime.driver`.
+An instruction is a tuple `(kind, fn, a, b, out)`, ready for the driver's inner loop: `a` and `b` are slots or a
+getter of several, `out` is a slot or a slice of slots. What an instruction waits for is kept the other way round, as
+the list of those that wait for it, and it is read only once something is still open: see `flowc.runtime.driver`.
 """
 
 from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
@@ -43,10 +43,10 @@ SLOW_S = 1e-3
 class Pace:
     """How long a tool's calls take, over all plans of the process: the rule for where a synchronous tool runs.
 
-    A tool runs in the driver's thread at first. A call that takes more than `SLOW_S` counts: from then on calls go to the
-    thread pool, where those of other programs and branches overlap with them. One slow call (an import, a cold cache)
-    is no verdict: each call in the pool moves the average too, and below a fifth of `SLOW_S` the tool comes back.
-    Opaque `py` never leaves the driver's thread: only a tool's author has said that it may run elsewhere.
+    A tool runs in the driver's thread at first. A call that takes more than `SLOW_S` counts: from then on calls go to
+    the thread pool, where those of other programs and branches overlap with them. One slow call (an import, a cold
+    cache) is no verdict: each call in the pool moves the average too, and below a fifth of `SLOW_S` the tool comes
+    back. Opaque `py` never leaves the driver's thread: only a tool's author has said that it may run elsewhere.
     """
 
     __slots__ = ("__weakref__", "average_s", "is_slow")
@@ -316,7 +316,7 @@ class _Builder:
             raise CompileError(
                 f"the tool `{name}` of workflow {graph.name} is a {type(fn).__name__}, nothing to call", loc=op.loc
             )
-        given: Mapping[str, Any] = op.attrs if op.name == "tool" else declared_limits(tool)
+        given: dict[str, Any] = dict(op.attrs) if op.name == "tool" else declared_limits(tool)
         timeout, retries = given.get("timeout"), given.get("retries") or 0
         thread = getattr(tool, "thread", None)
         return Target(
@@ -455,7 +455,7 @@ class _Body:
                 callee = symbols.callee(graph, str(op.attrs["callee"]), op.loc)
                 if len(callee.params) != len(op.operands):
                     raise CompileError(
-                        f"workflow {callee.name} takes {len(callee.params)} value(s) and is called with {len(op.operands)}",
+                        f"workflow {callee.name} takes {len(callee.params)} value(s), not {len(op.operands)}",
                         loc=op.loc,
                     )
                 function = self.builder.function(callee)
@@ -607,10 +607,8 @@ class _Body:
         items = space[op.operands[0].name]
         inits = space.all(op.operands[1:])
         if is_parallel:
-            # An error being handled outside is not seen by items that run at once: they may outlive no handler, but they
-            # share no slots with it.
             self.space = _Space(space)
-            handling = None
+            handling = None  # the slot of an error that is being handled is not theirs
         inner = self.space
         params = inner.add(region.params)
         body = self.inner(region, needs, frozenset(), handling)
@@ -667,7 +665,7 @@ def _with_keywords(fn: Fn, positional: int, names: tuple[str, ...]) -> Fn:
 
 
 def build_plan(graph: Graph) -> Plan:
-    """The plan of a graph, in time linear in its size. CompileError where a scope, tool, model or workflow cannot be found."""
+    """The plan of a graph, in linear time. CompileError where a scope, tool, model or workflow cannot be found."""
     start = time.perf_counter()
     builder = _Builder(graph)
     entry = builder.build(graph)

@@ -22,10 +22,10 @@ ROOT, PLAIN, CONDITION, BODY, ITEM, ITEMS, PARALLEL_ITEM, TRY, HANDLER, CALLEE =
 class Frame:
     """One instance of a region.
 
-    `pc` is how far the sweep in program order has come. Nothing more is kept while nothing is open: then every earlier
-    instruction is done, so the next one's turn has come. Once one has to wait, it and those that it holds up are in `open` (with
-    what they wait for, or None where it is for each other), and `waits` counts for each instruction how many open
-    ones it needs; one that the sweep has passed runs when its count is back at zero.
+    `pc` is how far the sweep in program order has come. Nothing more is kept while nothing is open: then every
+    earlier instruction is done, so the next one's turn has come. Once one has to wait, it and those that it holds up
+    are in `open` (with what they wait for, or None where it is for each other), and `waits` counts for each
+    instruction how many open ones it needs; one that the sweep has passed runs when its count is back at zero.
     """
 
     __slots__ = (

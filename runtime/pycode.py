@@ -1,8 +1,8 @@
 """Python text to Python functions: `py` operations, `fused` regions, f-strings and exception matchers.
 
-The code is compiled under the user's file name, line numbers and function name, and runs over the user's live globals and
-closure cells, so that what it reads is current and its tracebacks point at the source. Names that flowc adds start
-with `%`, which no Python source can spell; nothing is ever written into the user's namespace.
+The code is compiled under the user's file name, line numbers and function name, and runs over the user's live globals
+and closure cells, so that what it reads is current and its tracebacks point at the source. Names that flowc adds
+start with `%`, which no Python source can spell; nothing is ever written into the user's namespace.
 """
 
 from __future__ import annotations
@@ -155,7 +155,9 @@ def _renamed(code: CodeType, prefix: str, new: str) -> CodeType:
     """The code with qualified names that begin with `prefix` changed, in the functions inside it too."""
     consts = tuple(_renamed(c, prefix, new) if isinstance(c, CodeType) else c for c in code.co_consts)
     name = code.co_qualname
-    return code.replace(co_qualname=new + name.removeprefix(prefix) if name.startswith(prefix) else name, co_consts=consts)
+    return code.replace(
+        co_qualname=new + name.removeprefix(prefix) if name.startswith(prefix) else name, co_consts=consts
+    )
 
 
 def _function(code: CodeType, scope: Scope, extra: Mapping[str, Any]) -> Fn:
@@ -236,7 +238,7 @@ def _py_body(op: Op) -> list[ast.stmt]:
 
 
 def py_function(op: Op, scope: Scope) -> Fn:
-    """The function that runs a `py` op: operands in order to its result, or to the tuple of its results if they are not one.
+    """The function that runs a `py` op: operands in order to its result, or to a tuple unless it has one.
 
     An out that the statements leave unbound is UNDEF. With `is_async` calling it gives a coroutine.
     """
@@ -262,9 +264,7 @@ def py_function(op: Op, scope: Scope) -> Fn:
         body = _py_body(op)
         params: tuple[str, ...] = attrs["params"]  # type: ignore[assignment]
         outer = dict.fromkeys([*scope.cells, *_HELPERS])
-        code = _compile(
-            lambda: _inner_code(body, params, outer, scope, is_async, line), loc, "a `py` operation"
-        )
+        code = _compile(lambda: _inner_code(body, params, outer, scope, is_async, line), loc, "a `py` operation")
         if len(_code_cache) >= _CACHE_MAX:
             _code_cache.clear()
         _code_cache[key] = (code, line)
@@ -438,8 +438,8 @@ def while_handling(function: Fn) -> Fn:
 # -- fused regions -----------------------------------------------------------------------------------------------------
 
 _OWN_FRAME = (  # syntax with a scope of its own, or that binds names in other ways than by assignment
-    ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.GeneratorExp, ast.NamedExpr, ast.Yield, ast.YieldFrom,
-    ast.Global, ast.Nonlocal, ast.Import, ast.ImportFrom, ast.Delete, ast.Return,
+    ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.GeneratorExp, ast.NamedExpr, ast.Yield,
+    ast.YieldFrom, ast.Global, ast.Nonlocal, ast.Import, ast.ImportFrom, ast.Delete, ast.Return,
 )  # fmt: skip
 _LOOKS_AT_FRAME = {"locals", "vars", "dir", "eval", "exec", "super", "globals", "__class__"}
 _STRAIGHT = (ast.Assign, ast.AugAssign, ast.Expr, ast.Pass, ast.Raise, ast.Assert)

@@ -1,4 +1,4 @@
-"""The reference: a graph run op by op in program order, one blocking call at a time. Everything faster is compared with it."""
+"""The reference: a graph run op by op in program order, one blocking call at a time. All else is compared with it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def find_backend(resources: Resources, lane: str, name: str) -> Any:
 
 
 def interpret(graph: Graph, args: Sequence[Any], resources: Resources) -> Any:
-    """The value that the graph's workflow returns, computed naively: sequential, one call at a time, each awaited in place."""
+    """The value that the workflow returns, computed naively: sequential, one call at a time, each awaited in place."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -281,7 +281,7 @@ def _with(env: Env, region: Region, values: Sequence[Any]) -> Env:
 
 
 def backoff_s(attempt: int) -> float:
-    """How long to wait before trying again after the attempt of that number (from 0): 50 ms, doubled each time, at most 2 s."""
+    """Seconds to wait before trying again after the attempt of that number (from 0): 50 ms, doubled, at most 2 s."""
     return float(min(0.05 * 2**attempt, 2.0))
 
 

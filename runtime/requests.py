@@ -99,7 +99,7 @@ def _generate(kind: str, operands: Sequence[Any], options: Mapping[str, Any]) ->
 
 
 def make_request(kind: str, operands: Sequence[Any], options: Mapping[str, Any]) -> Any:
-    """The backend's request for an operation, of its operands and options; OperationTypeError where one has the wrong type."""
+    """The backend's request for an operation, of its operands and options; OperationTypeError where a type is wrong."""
     match kind:
         case "generate" | "parse":
             return _generate(kind, operands, options)
@@ -138,7 +138,7 @@ def make_request(kind: str, operands: Sequence[Any], options: Mapping[str, Any])
 
 
 def read_answer(kind: str, request: Any, answer: Any, model: Any = None) -> Any:
-    """The operation's value from the backend's answer: text for `generate`, the option for `choose`, an object for `parse`."""
+    """The operation's value from the backend's answer: text for `generate`, an option for `choose`, and so on."""
     match kind:
         case "generate":
             if isinstance(answer, Generation):
@@ -159,7 +159,7 @@ def read_answer(kind: str, request: Any, answer: Any, model: Any = None) -> Any:
 
 
 def parse_object(model: Any, text: str) -> Any:
-    """An object of the pydantic model from the JSON in a model's text; prose and fences around the outermost `{...}` are let by."""
+    """An object of the pydantic model from the JSON in a text; what stands around the outermost `{...}` is let by."""
     first, last = text.find("{"), text.rfind("}")
     return model.model_validate_json(text[first : last + 1] if 0 <= first < last else text)
 
@@ -174,7 +174,7 @@ def label_of(op: Op) -> str:
 
 
 def batch_key_of(kind: str, backend: Any, request: Any) -> tuple[Any, ...]:
-    """Requests with equal keys may share one call: the op table's attributes, as the request has them, and the backend's own key."""
+    """Requests with equal keys may share a call: the op table's attributes, as requested, and the backend's own key."""
     names = OPS[kind].batch_key or ()
     own = tuple(getattr(request, n) for n in names if n != "resource")
     key = getattr(backend, "batch_key", None)

@@ -20,7 +20,7 @@ _files_lock = threading.RLock()
 
 
 def load_file(path: str) -> ModuleType:
-    """The module that a Python file defines; the file runs once per process, and under `if __name__ == "__main__"` nothing does."""
+    """The module that a Python file defines; the file runs once per process, and not as `__main__`."""
     full = str(Path(path).resolve())
     with _files_lock:
         for module in list(sys.modules.values()):  # it may have been imported under its own name
@@ -46,7 +46,7 @@ def load_file(path: str) -> ModuleType:
 
 
 def import_ref(ref: str) -> tuple[ModuleType, Any]:
-    """The module and the object that "package.module:name" or "path/file.py:name" means; ImportError or AttributeError."""
+    """The module and object that "package.module:name" or "path/file.py:name" means; ImportError or AttributeError."""
     where, _, name = ref.rpartition(":")
     if not where:
         raise ImportError(f"{ref!r} is not of the form module:name or file.py:name")
@@ -99,7 +99,7 @@ class Symbols:
             raise CompileError(
                 f"the Python scope `{name}` of workflow {graph.name} cannot be imported: {type(e).__name__}: {e}",
                 loc=loc,
-                hint="a plan finds its workflow's module again by import: run it where that module or file can be found",
+                hint="a plan finds its workflow's module again by import: run it where that can be found",
             ) from e
         plain = _plain_function(found_object)
         cells: dict[str, CellType] = {}
@@ -168,7 +168,7 @@ def is_async_callable(fn: Any) -> bool:
 
 
 def declared_limits(tool: Any) -> dict[str, Any]:
-    """What a tool object says of its calls, under the names of a `tool` op's attributes: for tools that a value picks."""
+    """What a tool object says of its calls, named as a `tool` op's attributes: for tools that a value picks."""
     return {
         "timeout": getattr(tool, "timeout_s", None),
         "retries": getattr(tool, "retries", 0),

@@ -1,7 +1,8 @@
 """What happened in a run, event by event: for Perfetto (or chrome://tracing), and summed up per operation.
 
-Recording costs nothing when it is off: a traced program runs other instructions than an untraced one, and the places where
-something waits look at one attribute. Times are the driver's clock, in seconds: under a virtual clock, virtual ones.
+Recording costs nothing when it is off: a traced program runs other instructions than an untraced one, and the places
+where something waits look at one attribute. Times are the driver's clock, in seconds: under a virtual clock, virtual
+ones.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Kind = Literal["program", "queued", "started", "finished", "failed", "cancelled"
 
 
 class Event(NamedTuple):
-    """One thing that happened. `seconds` is how long it took, `waited_s` how long before it began, `behind_s` how long after it was delivered."""
+    """One thing that happened: `seconds` it took, `waited_s` before it began, and `behind_s` until it was delivered."""
 
     kind: Kind
     at_s: float
@@ -58,7 +59,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class OpSummary:
-    """All runs of one operation: seconds in total, spent waiting in a queue, running, and on the way back to its program."""
+    """All runs of one operation: seconds in total spent in a queue, running, and on the way back to its program."""
 
     op: str
     loc: Loc | None
@@ -73,7 +74,7 @@ class OpSummary:
 
 @dataclass(slots=True)
 class Trace:
-    """A recording of any number of programs. Give it to `Runtime(trace=...)` or to a single run; read it when that is over."""
+    """A recording of any number of programs, for `Runtime(trace=...)` or a single run; read it when that is over."""
 
     events: list[Event] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=lambda: iter(range(1, 1 << 62)))
@@ -147,7 +148,7 @@ class Trace:
         return sorted(found, key=lambda row: (-(row.run_s + row.queue_s), row.op))
 
     def overhead_s(self) -> float:
-        """Seconds of all programs in which none of their operations ran or waited in a queue: the runtime's own share."""
+        """Seconds of all programs in which none of their operations ran or was queued: the runtime's own share."""
         busy: defaultdict[int, list[tuple[float, float]]] = defaultdict(list)
         total: dict[int, float] = {}
         for e in self.events:
@@ -159,7 +160,7 @@ class Trace:
         return sum(max(0.0, seconds - _covered(busy[program])) for program, seconds in total.items())
 
     def to_chrome(self) -> dict[str, Any]:
-        """The trace in the Chrome trace event format: lanes with their batches, programs with their operations, arrows between them."""
+        """The trace in Chrome's event format: lanes with batches, programs with operations, and arrows between."""
         return {"traceEvents": list(self._chrome_events()), "displayTimeUnit": "ms"}
 
     def _chrome_events(self) -> Iterator[dict[str, Any]]:

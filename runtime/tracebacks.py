@@ -1,7 +1,7 @@
 """Tracebacks that show the user's program: its files, lines and functions, and no frame of flowc.
 
-An operation that is no Python of the user's (a search, a tool call, a nested workflow) gets a frame all the same, one that
-stands at the operation's line, as Jinja2 does for templates.
+An operation that is no Python of the user's (a search, a tool call, a nested workflow) gets a frame all the same, one
+that stands at the operation's line, as Jinja2 does for templates.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def _is_own(frame: FrameType) -> bool:
 def without_own_frames(tb: TracebackType | None) -> TracebackType | None:
     """The traceback less the frames of flowc. The same object if there are none.
 
-    In a function that must not show up itself, set `error.__traceback__` to this and end with a bare `raise`: that adds no frame.
+    In a function that must not show up itself, set `error.__traceback__` to this and end with a bare `raise`: that
+    adds no frame.
     """
     if SHOW_ALL:
         return tb
@@ -79,7 +80,7 @@ def clean(error: BaseException) -> None:
 
 
 def blame(error: BaseException, label: str | None, loc: Loc | None, function: str, workflow: str) -> None:
-    """Puts the operation's line on top of the error's traceback, and a note that names the operation, if it has a label."""
+    """Puts the operation's line on top of the error's traceback, and a note that names it, if it has a label."""
     error.__traceback__ = with_frame_at(without_own_frames(error.__traceback__), loc, function)
     if isinstance(error, FlowcError) and error.loc is None:
         error.loc = loc

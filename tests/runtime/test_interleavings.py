@@ -10,12 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowc.ir.core import Graph
 from flowc.runtime.clock import VirtualLoop
 from flowc.runtime.engine import Runtime
 from flowc.runtime.plan import build_plan
 from flowc.runtime.reference import interpret
-
 from tests.runtime.worlds import Play, pruned, random_workflow
 
 
@@ -100,5 +98,3 @@ def test_random_workflows_are_not_trivial() -> None:
     assert values > 30
     assert errors > 30
     assert effects > 150
-
-

@@ -40,10 +40,14 @@ class Item:
 
 def test_a_wavefront_is_what_shares_the_first_items_key() -> None:
     queue: deque[Any] = deque(map(Item, [1, 2, 1, 3, 1, 2]))
-    assert [i.key for i in next_wavefront(queue, 10)] == [1, 1, 1]
-    assert [i.key for i in queue] == [2, 3, 2]
-    assert [i.key for i in next_wavefront(queue, 1)] == [2]
-    assert [i.key for i in queue] == [3, 2]
+
+    def keys(items: Any) -> list[Any]:
+        return [item.key for item in items]
+
+    assert keys(next_wavefront(queue, 10)) == [1, 1, 1]
+    assert keys(queue) == [2, 3, 2]
+    assert keys(next_wavefront(queue, 1)) == [2]
+    assert keys(queue) == [3, 2]
 
 
 def test_programs_of_a_map_share_calls() -> None:

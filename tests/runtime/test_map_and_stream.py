@@ -97,11 +97,15 @@ def test_inputs_that_fail(is_async: bool) -> None:
     told: dict[int, Outcome] = {}
     b = Builder("w", [("x", INT)])
     plan = build_plan(b.finish(b.py("x + 1", b.params[0], params=["x"])[0]))
-    with Runtime(World()) as runtime, pytest.raises(OSError, match="the file ended"):
-        if is_async:
-            asyncio.run(runtime.map_async(plan, inputs(), on_done=told.__setitem__))
-        else:
-            runtime.map(plan, inputs(), on_done=told.__setitem__)
+    with Runtime(World()) as runtime:
+
+        def run() -> Any:
+            if is_async:
+                return asyncio.run(runtime.map_async(plan, inputs(), on_done=told.__setitem__))
+            return runtime.map(plan, inputs(), on_done=told.__setitem__)
+
+        with pytest.raises(OSError, match="the file ended"):
+            run()
     assert told[0].value == 2
     assert isinstance(told[1].error, TypeError)
     assert told[2].value == 5

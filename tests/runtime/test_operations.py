@@ -1,4 +1,4 @@
-"""Every operation, through the driver (as captured and pruned, traced and not) and through the reference: the same value."""
+"""Every operation, through the driver (as captured and pruned, traced and not) and the reference: the same value."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def test_python_with_no_and_many_results() -> None:
     b = Builder("w", [("xs", ANY)], scope="s")
     b.scopes["s"] = Scope({"__name__": "user"}, {}, "user.py", "w")
     b.py("xs.append(1)", b.params[0], params=["xs"], outs=[], types=[])
-    x, y, z = b.py("a = len(xs)\nb = a + 1\nc = b + 1", b.params[0], params=["xs"], outs=["a", "b", "c"], types=[INT] * 3)
+    x, y, z = b.py(
+        "a = len(xs)\nb = a + 1\nc = b + 1", b.params[0], params=["xs"], outs=["a", "b", "c"], types=[INT] * 3
+    )
     (v,) = b.py("(x, y, z)", x, y, z, params=["x", "y", "z"])
     with Runtime(World()) as runtime:
         assert runtime.run(build_plan(b.finish(v)), ([],)) == (1, 2, 3)
@@ -256,7 +258,9 @@ def test_foreach() -> None:
     assert run(_each("xs"), "ab") == (2, ["a", "a", "b", "b"], ["a/0", "b/0"])
 
 
-@pytest.mark.parametrize("items", ["xs", "tuple(xs)", "range(len(xs))", "dict.fromkeys(xs)", "(y for y in xs)", "iter(xs)"])
+@pytest.mark.parametrize(
+    "items", ["xs", "tuple(xs)", "range(len(xs))", "dict.fromkeys(xs)", "(y for y in xs)", "iter(xs)"]
+)
 def test_parallel_foreach(items: str) -> None:
     value = run(_each(items, parallel=True), [5, 6, 7])
     names = range(3) if "range" in items else [5, 6, 7]

@@ -18,7 +18,9 @@ from flowc.ir.values import UNDEF
 from flowc.runtime import pycode
 
 
-def py(source: str, *params: str, outs: tuple[str, ...] | None = None, loc: Loc | None = None, is_async: bool = False) -> Op:
+def py(
+    source: str, *params: str, outs: tuple[str, ...] | None = None, loc: Loc | None = None, is_async: bool = False
+) -> Op:
     attrs: dict[str, Any] = {"source": source, "params": params}
     if outs is not None:
         attrs["outs"] = outs
@@ -197,13 +199,20 @@ def test_a_handled_error_is_seen_by_sys_exc_info() -> None:
     seen = pycode.while_handling(lambda: sys.exc_info()[1])(error)
     assert seen is error
     with pytest.raises(KeyError) as caught:
-        pycode.while_handling(lambda: {}["x"])(error)
+        pycode.while_handling(lambda: dict[str, int]()["x"])(error)
     assert caught.value.__context__ is error
 
 
 # -- fused
 def fused(b: Builder, block: Any) -> Op:
-    return Op("fused", (), tuple(Value(f"out{i}", ANY) for i in range(len(block.yields))), Attrs(), (block.done(),), Loc("user.py", 1))
+    return Op(
+        "fused",
+        (),
+        tuple(Value(f"out{i}", ANY) for i in range(len(block.yields))),
+        Attrs(),
+        (block.done(),),
+        Loc("user.py", 1),
+    )
 
 
 def run_fused(op: Op, names: Scope, *args: Any) -> Any:

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -156,7 +157,7 @@ def test_retries_of_idempotent_tools(is_async: bool) -> None:
             return await runtime.run_async(build_plan(graph), (5,))
 
     assert loop.run(main()) == 5
-    waits = [b - a for a, b in zip(calls, calls[1:], strict=False)]
+    waits = [b - a for a, b in pairwise(calls)]
     assert waits == pytest.approx([0.05, 0.1, 0.2])
 
 
@@ -389,7 +390,9 @@ def test_an_interrupted_map_keeps_what_is_done() -> None:
     with Runtime(World()) as runtime:
         timer = _interrupt_soon(0.2)
         with pytest.raises(KeyboardInterrupt) as caught:
-            runtime.map(build_plan(tool_graph(some)), [(i,) for i in range(6)], on_done=lambda i, o: told.append((i, o.value)))
+            runtime.map(
+                build_plan(tool_graph(some)), [(i,) for i in range(6)], on_done=lambda i, o: told.append((i, o.value))
+            )
         timer.join()
     assert sorted(told) == [(0, 0), (1, 1), (2, 2)]
     assert {i: o.value for i, o in caught.value.outcomes.items()} == dict(told)  # type: ignore[attr-defined]
@@ -478,7 +481,9 @@ def test_a_synchronous_run_inside_a_running_loop() -> None:
 
     async def main() -> Any:
         with Runtime(World()) as runtime:
-            return runtime.run(build_plan(tool_graph(sleepy)), (1,)), runtime.map(build_plan(tool_graph(sleepy)), [(2,)])
+            return runtime.run(build_plan(tool_graph(sleepy)), (1,)), runtime.map(
+                build_plan(tool_graph(sleepy)), [(2,)]
+            )
 
     value, (outcome,) = asyncio.run(main())
     assert (value, outcome.value) == (2, 3)

@@ -1,4 +1,4 @@
-"""What the runtime's tests share: scripted backends, a plain set of resources, and random workflows that make sense to run."""
+"""What the runtime's tests share: scripted backends, resources by name, and random workflows that make sense to run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class ScriptedLLM:
 
     name, kind = "fake", "scripted"
 
-    def __init__(self, answer: Callable[[str], Any] = lambda prompt: f"<{prompt}>", delay_s: float = 0.0, max_batch: int = 64) -> None:
+    def __init__(
+        self, answer: Callable[[str], Any] = lambda prompt: f"<{prompt}>", delay_s: float = 0.0, max_batch: int = 64
+    ) -> None:
         self.answer = answer
         self.delay_s = delay_s
         self.max_batch = max_batch
@@ -82,7 +84,7 @@ class ScriptedLLM:
 
 
 class ScriptedIndex:
-    """Finds `k` made-up passages for a query; a query with "bad" in it fails alone, one with "broken" takes the whole call along."""
+    """Finds `k` made-up passages for a query; one with "bad" in it fails alone, one with "broken" takes all along."""
 
     name, max_batch = "docs", 32
 
@@ -149,7 +151,7 @@ class World:
 
 # -- random workflows
 class Play:
-    """The state that random workflows read and write, and latencies for what they await. Answers depend on requests alone."""
+    """The state that random workflows use, and latencies for what they await. Answers depend on requests alone."""
 
     def __init__(self, latency: random.Random | None = None) -> None:
         self.latency = latency
@@ -211,7 +213,9 @@ class Play:
             for r in requests
         ]
 
-    async def generate(self, requests: Sequence[GenerateRequest], on_text: Any = None, is_cancelled: Any = None) -> list[Any]:
+    async def generate(
+        self, requests: Sequence[GenerateRequest], on_text: Any = None, is_cancelled: Any = None
+    ) -> list[Any]:
         await self.pause()
         return [RuntimeError(r.prompt) if "77" in r.prompt else Generation(f"{len(r.prompt)}") for r in requests]
 
@@ -256,13 +260,28 @@ class _Writer:
         for _ in range(count):
             self.line += 1
             self.b.loc = Loc("play.py", self.line)
-            kinds = ["pure", "pure", "raises", "emit", "fetch", "count", "put", "post", "half", "search", "generate", "choose"]
+            kinds = [
+                "pure",
+                "pure",
+                "raises",
+                "emit",
+                "fetch",
+                "count",
+                "put",
+                "post",
+                "half",
+                "search",
+                "generate",
+                "choose",
+            ]
             if depth:
                 kinds += ["if", "while", "foreach", "collect", "try", "call", "cell", "fused"] * 2
             values.append(getattr(self, "make_" + self.rng.choice(kinds))(values, depth))
 
     def make_pure(self, values: list[Value], _: int) -> Value:
-        return self.b.py("(a * 3 + b) % 1000", self.pick(values), self.pick(values), params=["a", "b"], writes=(), raises=False)[0]
+        return self.b.py(
+            "(a * 3 + b) % 1000", self.pick(values), self.pick(values), params=["a", "b"], writes=(), raises=False
+        )[0]
 
     def make_raises(self, values: list[Value], _: int) -> Value:
         return self.b.py("100 // (a % 8)", self.pick(values), params=["a"], writes=())[0]
@@ -311,7 +330,7 @@ class _Writer:
                 mine = list(values) if self.rng.random() < 0.2 else self.inner(values, depth)
                 block.yields = (self.pick(mine),)
             regions.append(block.done())
-        return self.b.if_(condition, *regions)[0]
+        return self.b.if_(condition, regions[0], regions[1])[0]
 
     def make_while(self, values: list[Value], depth: int) -> Value:
         b = self.b
@@ -327,7 +346,9 @@ class _Writer:
         return b.while_([count, start], cond.done(), body.done(), limit=self.rng.choice([2, 3, 100]))[1]
 
     def items(self, values: list[Value]) -> Value:
-        kind = self.rng.choice(["[a, a + 1, a + 2]", "range(a % 4)", "(a, 5)", "iter([a, a + 3])", "{a: 1, a + 1: 2}", "[]"])
+        kind = self.rng.choice(
+            ["[a, a + 1, a + 2]", "range(a % 4)", "(a, 5)", "iter([a, a + 3])", "{a: 1, a + 1: 2}", "[]"]
+        )
         shown = ANY if "iter" in kind else list_of(INT)
         return self.b.py(kind, self.pick(values), params=["a"], writes=(), raises=False, types=[shown])[0]
 
@@ -360,7 +381,9 @@ class _Writer:
         with b.region() as body:
             mine = self.inner(values, depth)
             body.yields = (self.pick(mine),)
-        handlers = self.rng.choice([("",), ("LookupError",), ("ZeroDivisionError", "(LookupError, OSError)"), ("Missing",)])
+        handlers = self.rng.choice(
+            [("",), ("LookupError",), ("ZeroDivisionError", "(LookupError, OSError)"), ("Missing",)]
+        )
         regions = []
         for _ in handlers:
             with b.region([("e", ANY)]) as handler:
