@@ -35,7 +35,7 @@ CORPUS_CHARACTERS = 1_500_000  # enough for some thousands of merges, and traine
 _BUNDLED = Path(__file__).resolve().parents[2] / "data" / "pydocs" / "passages.jsonl.gz"
 _DOCUMENTED = (  # modules whose docstrings stand in for the documentation outside a checkout
     "argparse ast asyncio collections csv datetime email functools heapq inspect itertools json logging os "
-    "pathlib pickle random re socket sqlite3 statistics string subprocess tarfile textwrap threading typing "
+    "pathlib pickle random re socket sqlite3 statistics string subprocess tarfile textwrap threading "
     "unittest urllib.request zipfile "
 )
 
@@ -195,9 +195,7 @@ def _docstrings() -> Iterator[str]:
         module = import_module(name)
         yield inspect.getdoc(module) or ""
         for _, value in sorted(vars(module).items()):
-            if inspect.isclass(value) or inspect.isfunction(value):
+            if (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__.startswith(name):
                 yield inspect.getdoc(value) or ""
-                if inspect.isclass(value):
-                    yield from (
-                        inspect.getdoc(f) or "" for _, f in sorted(vars(value).items()) if inspect.isfunction(f)
-                    )
+                methods = sorted(vars(value).items()) if inspect.isclass(value) else ()
+                yield from (inspect.getdoc(method) or "" for _, method in methods if inspect.isfunction(method))

@@ -40,6 +40,14 @@ def test_same_arguments_same_bytes_in_another_process(tmp_path: Path, root: Path
     assert set(here) >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
 
 
+def test_outside_a_checkout_docstrings_are_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flowc.backends.llm import tiny
+
+    monkeypatch.setattr(tiny, "_BUNDLED", tmp_path / "nothing")
+    folder = tiny.write_tiny_model(tmp_path / "m", vocab=2000, hidden=16)
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == 2000, "enough text for all merges"
+
+
 def test_does_not_import_torch(tmp_path: Path, root: Path) -> None:
     code = (
         "import sys; from flowc.backends.llm.tiny import write_tiny_model\n"
