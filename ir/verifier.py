@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ast
 import keyword
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
@@ -83,7 +84,9 @@ def is_plain(op: Op) -> bool:
 def _python_error(source: str, is_expression: bool) -> str | None:
     """Why the text is no Python expression (or statements), or None."""
     try:
-        ast.parse(source, mode="eval" if is_expression else "exec")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Python thinks of the text's style is told when it is compiled
+            ast.parse(source, mode="eval" if is_expression else "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         return f"{e.msg} (line {e.lineno})" if isinstance(e, SyntaxError) else str(e) or type(e).__name__
     return None

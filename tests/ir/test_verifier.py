@@ -469,6 +469,10 @@ def test_subsumes(expected: Any, actual: Any, holds: bool) -> None:
     assert subsumes(expected, actual) is holds
 
 
+def test_a_warning_is_no_error() -> None:
+    verify(parsed("%x = py \"'\\\\d' is None\" : any"))  # warnings are errors in these tests
+
+
 def test_the_operation_in_a_message_is_short() -> None:
     found = error(parsed(f'%x = template "{"x" * 5000} {{" : text'))
     assert len(found.message) < 500
