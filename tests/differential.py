@@ -11,6 +11,7 @@ import importlib.util
 import linecache
 import random
 import re
+import signal
 import sys
 import tempfile
 import traceback
@@ -227,7 +228,7 @@ def _differences(loaded: Loaded, runtime: Runtime, rng: random.Random, ways: Seq
             if how != "reference" and shown is graph and how != "-O0":
                 continue
             found = loaded.outcome(
-                call, (lambda a: interpret(graph, a, world.Backends())) if how == "reference" else (lambda a: runtime.run(plan, a, timeout_s=20))
+                call, (lambda a: interpret(graph, a, world.Backends())) if how == "reference" else (lambda a: runtime.run(plan, a, timeout_s=5))
             )
             if how == "reference" and found.error is not None and expected.error is not None:
                 found = replace(found, error=(*found.error[:2], expected.error[2], *found.error[3:]))  # it shows no lines
@@ -239,6 +240,26 @@ def _differences(loaded: Loaded, runtime: Runtime, rng: random.Random, ways: Seq
 def first_difference(program: Program, seed: int, ways: Sequence[str] = WAYS) -> Difference | None:
     with direct_host(), Runtime(world.Backends()) as runtime:
         return next(differences(program, runtime, random.Random(seed), ways), None)
+
+
+class TooLong(BaseException):
+    pass
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Inside, at most so many seconds pass: leaving pieces out of a program may leave an endless loop."""
+
+    def stop(*_: object) -> None:
+        raise TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def kind_of(d: Difference) -> Any:
@@ -288,7 +309,8 @@ def main() -> None:
                 def fails(p: Program, kind: Any = kind, seed: int = seed) -> bool:
                     if has_forgotten_await(p):
                         return False
-                    again = next(differences(p, runtime, random.Random(seed), ways), None)
+                    with at_most(3.0):
+                        again = next(differences(p, runtime, random.Random(seed), ways), None)
                     return again is not None and kind_of(again) == kind
 
                 program = reduce(program, fails)

@@ -874,13 +874,13 @@ class Writer:
         self.bind(other, STR)
 
     def _task(self) -> None:
-        task = self.fresh("task")
-        self.put(f"{task} = asyncio.create_task(aget({self.e(INT, 1)}))")
-        name = self.target()
+        """A task; between its start and its end nothing that asyncio might run before it."""
+        task, name = self.fresh("task"), self.target()
+        self.put(f"{task} = asyncio.create_task({self.pick('aget', 'llm.generate')}({self.e(STR, 1)}))")
         if self.p(0.5):
-            self.put(f"note({self.e(INT, 1)})" if not self.p(0.5) else f"{name} = {self.generate(1)}")
-            if self.lines[-1].strip().startswith(f"{name} ="):
-                self.bind(name, STR)
+            other = self.target()
+            self.put(f"{other} = {self.literal(INT)}")
+            self.bind(other, INT)
         self.put(f"{name} = await {task}")
         self.bind(name, STR)
 
@@ -1020,7 +1020,8 @@ def reduce(program: Program, fails: Callable[[Program], bool], seconds: float = 
             if len(text) < len(current.source) and fails(candidate):
                 current = candidate
                 continue
-        except Exception:
-            pass
+        except BaseException as e:
+            if isinstance(e, KeyboardInterrupt):
+                raise
         number += 1
     return current

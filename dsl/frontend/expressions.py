@@ -193,6 +193,8 @@ class Expressions(State):
         children = _evaluation_order(node)
         last = max((i for i, (_, _, c) in enumerate(children) if self.has_op(c) or _binds(c)), default=-1)
         rebuilt = copy.copy(node)
+        cuts: dict[ast.expr, str] = {}
+        rebuilt.cuts = cuts  # type: ignore[attr-defined]  # what was replaced by which name, for its text
         for name, values in ast.iter_fields(rebuilt):
             if isinstance(values, list):
                 setattr(rebuilt, name, list(values))
@@ -201,11 +203,14 @@ class Expressions(State):
                 break
             if isinstance(child, ast.Starred):
                 inner = self._placeholder(child.value, placeholders) if i < last or self.has_op(child) else child.value
+                _cut(cuts, child.value, inner)
                 new: ast.expr = ast.copy_location(ast.Starred(inner, child.ctx), child)
             elif isinstance(child, ast.Slice):
                 new = self._hoist(child, placeholders)
+                cuts.update(new.cuts)  # type: ignore[attr-defined]
             else:
                 new = self._placeholder(child, placeholders)
+                _cut(cuts, child, new)
             _put(rebuilt, holder, index, new)
         return rebuilt
 
@@ -455,9 +460,7 @@ class Expressions(State):
         inputs = [(n, self.read(n)) for n in names]
         t = list_of(item) if is_immutable(item) else sequence_of(item)
         (value,) = self.py(ast.unparse(listed), inputs, Info(t, PURE, True), hint="items")
-        return self.know(
-            value, sites=frozenset().union(*(a.sites for a in args)) if not is_immutable(item) else frozenset()
-        )
+        return self.know(value, sites=frozenset().union(*(a.sites for a in args)))
 
     @staticmethod
     def iteration_effect(items: Value) -> dict[str, Attr]:
@@ -577,6 +580,14 @@ def _constant_spec(spec: ast.expr | None) -> str | None:
     if all(isinstance(v, ast.Constant) for v in spec.values):
         return "".join(str(v.value) for v in spec.values if isinstance(v, ast.Constant))
     return None
+
+
+def _cut(cuts: dict[ast.expr, str], old: ast.expr, new: ast.expr) -> None:
+    if isinstance(new, ast.Name):
+        if new is not old:
+            cuts[old] = new.id
+    elif isinstance(new, ast.Attribute) and isinstance(old, ast.Attribute):
+        _cut(cuts, old.value, new.value)
 
 
 def _binds(node: ast.AST) -> bool:

@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flowc.ir.builder import Block, Builder
@@ -46,6 +48,11 @@ class Fact:
 NO_FACT = Fact()
 
 
+def either(a: Fact, b: Fact) -> Fact:
+    """What is possible of one or the other."""
+    return Fact(a.sites | b.sites, a.is_unbound or b.is_unbound, a.is_declared or b.is_declared, a.is_task or b.is_task)
+
+
 @dataclass
 class State:
     """The lowering of one function, in progress. The mixins `Expressions`, `Calls` and `Statements` add what each says."""
@@ -63,9 +70,10 @@ class State:
     facts: dict[str, Fact] = field(default_factory=dict)
     cells: list[dict[str, Value]] = field(default_factory=list)  # variables that a handler may read, innermost last
     cell_types: dict[str, Type] = field(default_factory=dict)
+    cell_facts: dict[str, Fact] = field(default_factory=dict)
     handled: list[Value] = field(default_factory=list)  # errors being handled, innermost last
     escaped: set[Site] = field(default_factory=set)
-    loop_types: dict[int, tuple[tuple[Type, ...], tuple[frozenset[Site], ...]]] = field(default_factory=dict)
+    loop_types: dict[int, tuple[tuple[Type, ...], tuple[Fact, ...]]] = field(default_factory=dict)
     has_op_memo: dict[int, tuple[ast.AST, bool]] = field(
         default_factory=dict
     )  # holds the node, so that its id stays its own
@@ -97,12 +105,10 @@ class State:
                     code="F016",
                     hint="await it where it was made",
                 )
-        return self.know(
-            value,
-            sites=frozenset().union(*(f.sites for f in facts)),
-            is_unbound=any(f.is_unbound for f in facts),
-            is_declared=any(f.is_declared for f in facts),
-        )
+        known = reduce(either, facts, NO_FACT)
+        if known != NO_FACT:
+            self.facts[value.name] = known
+        return value
 
     # -- variables
     def read(self, name: str) -> Value:
@@ -131,6 +137,7 @@ class State:
             if cell is not None:
                 self.builder.emit("store", (cell, value), [("stored", NONE)])
                 self.cell_types[cell.name] = join(self.cell_types.get(cell.name, NEVER), value.type)
+                self.cell_facts[cell.name] = either(self.cell_facts.get(cell.name, NO_FACT), self.fact(value))
 
     def outgoing(self, name: str) -> Value:
         """What a region yields for a variable: its value, or the mark of an unbound one."""
@@ -258,7 +265,7 @@ class State:
         a.lookup = lambda name: known[name] if name in known else lookup(name)
         info = a.expr(node)
         self.settle(a)
-        text = ast.unparse(node) if placeholders else self.text(node)
+        text = self.spliced(node) if placeholders else self.text(node)
         inputs = [(n, placeholders[n] if n in placeholders else self.outgoing(n)) for n in names]
         if not unbound:
             (value,) = self.py(text, inputs, info, hint=hint)
@@ -273,6 +280,34 @@ class State:
     def is_maybe_unbound(self, name: str) -> bool:
         value = self.env.get(name)
         return value is None or self.fact(value).is_unbound
+
+    def spliced(self, node: ast.expr) -> str:
+        """The source of an expression whose parts were replaced by names; text over several lines keeps them."""
+        cuts: dict[ast.expr, str] = getattr(node, "cuts", {})
+        first, last = getattr(node, "lineno", 0), getattr(node, "end_lineno", 0) or 0
+        if getattr(node, "is_synthetic", False) or not first or first == last:
+            return ast.unparse(node)
+        lines = [line.encode() for line in self.src.lines[first - 1 : last]]
+        starts = [0, *accumulate(map(len, lines))]
+        text = b"".join(lines)
+
+        def offset(line: int, col: int) -> int:
+            return starts[line - first] + col
+
+        pieces: list[bytes] = []
+        at = offset(first, node.col_offset)
+        for old in sorted(cuts, key=lambda n: (n.lineno, n.col_offset)):
+            begin, end = offset(old.lineno, old.col_offset), offset(old.end_lineno or 0, old.end_col_offset or 0)
+            pieces += [text[at:begin], cuts[old].encode(), b"\n" * text.count(b"\n", begin, end)]
+            at = end
+        pieces.append(text[at : offset(last, node.end_col_offset or 0)])
+        candidate = b"".join(pieces).decode()
+        try:
+            if ast.dump(ast.parse(f"({candidate})", mode="eval").body) == ast.dump(node):
+                return f"({candidate})"
+        except SyntaxError:
+            pass
+        return ast.unparse(node)
 
     def text(self, node: ast.AST) -> str:
         """The source of an expression or statement as the user wrote it, so that its lines stay its lines."""

@@ -19,7 +19,7 @@ from .liveness import RETURN_VALUE, Liveness, appended, binds, exits, falls_thro
 from .names import MISSING
 from .purity import PURE, READS, WRITES, Info
 from .source import synthetic
-from .state import BREAK, CONTINUE, EXIT, HINTS, NORMAL, RETURN
+from .state import BREAK, CONTINUE, EXIT, HINTS, NO_FACT, NORMAL, RETURN, either
 
 Handler = tuple[str, list[tuple[str, Value]], Callable[[Value], None]]  # exception types, names in them, what to do
 
@@ -341,6 +341,14 @@ class Statements(Calls):
     # -- loops
     def _for(self, s: ast.For) -> None:
         items = self.iterable(s.iter)
+        held = f"<items {id(s)}>"  # the loop holds on to what it runs over: a list changed meanwhile is no value
+        self.env[held] = items
+        try:
+            self._for_over(s, items)
+        finally:
+            self.env.pop(held, None)
+
+    def _for_over(self, s: ast.For, items: Value) -> None:
         leaves = exits(s.body)
         breaks = bool(leaves & {"break", "return"})
         collected = self._collected(s)
@@ -469,8 +477,8 @@ class Statements(Calls):
             if known and len(known[0]) == n
             else [v.type for v in inits]
         )
-        sites = [
-            self.fact(v).sites | (known[1][i] if known and len(known[1]) == n else frozenset())
+        facts = [
+            either(self.fact(v), known[1][i]) if known and len(known[1]) == n else self.fact(v)
             for i, v in enumerate(inits)
         ]
         for attempt in range(6):
@@ -478,20 +486,18 @@ class Statements(Calls):
             params += [(HINTS.get(name, name), t) for name, t in zip(carried, types, strict=True)]
 
             def fill(values: tuple[Value, ...], run: Callable[[tuple[Value, ...]], list[Value]] = body) -> list[Value]:
-                for v, init, own in zip(values[len(values) - n :], inits, sites, strict=True):
-                    f = self.fact(init)
-                    self.know(v, sites=own, is_unbound=f.is_unbound, is_declared=f.is_declared)
+                self.facts.update(zip((v.name for v in values[len(values) - n :]), facts, strict=True))
                 return run(values)
 
             region, block = self.region(fill, params)
             nexts = block.yields[flags : flags + n]
             grown = [join(t, v.type) for t, v in zip(types, nexts, strict=True)]
-            grown_sites = [a | self.fact(v).sites for a, v in zip(sites, nexts, strict=True)]
-            if grown == types and grown_sites == sites:
+            grown_facts = [either(a, self.fact(v)) for a, v in zip(facts, nexts, strict=True)]
+            if grown == types and grown_facts == facts:
                 break
             types = grown if attempt < 3 else [t if a == t else ANY for a, t in zip(grown, types, strict=True)]
-            sites = grown_sites
-        self.loop_types[id(s)] = (tuple(types), tuple(sites))
+            facts = grown_facts
+        self.loop_types[id(s)] = (tuple(types), tuple(facts))
         hints = [(HINTS.get(name, name), t) for name, t in zip(carried, types, strict=True)]
         if items is not None:
             lists = [(name, v.type) for name, v in zip(collected, block.yields[flags + n :], strict=True)]
@@ -740,8 +746,10 @@ class Statements(Calls):
                 for n, cell in cells.items():
                     before = self.env.get(n)
                     (value,) = self.builder.emit("load", (cell,), [(n, self.cell_types[cell.name])])
-                    maybe = before is None or self.fact(before).is_unbound
-                    self.env[n] = self.know(value, is_unbound=maybe, sites=self._cell_sites(n, before))
+                    held = self.cell_facts.get(cell.name, NO_FACT)
+                    maybe = before is None or self.fact(before).is_unbound or held.is_unbound
+                    sites = self._cell_sites(n, before)
+                    self.env[n] = self.know(value, is_unbound=maybe, sites=sites, is_declared=held.is_declared)
                 run(params[0])
                 return [self.outgoing(n) for n in outs]
 
