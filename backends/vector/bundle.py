@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
 from flowc.backends.embed import open_embedder
 from flowc.ir.errors import ResourceError
 
 from .documents import Passage, read_jsonl
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from flowc.runtime.protocols import Embedder
 
     from .store import Manifest
@@ -88,7 +88,7 @@ def find_bundle(name: str = "pydocs") -> Path:
 def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     """The document set in a folder, after its files were found to match their checksums.
 
-    Raises `ResourceError`: F061 if it is not there, F062 if it is damaged.
+    Raises `ResourceError`: F061 if it is not there, F062 if it is damaged, F060 without numpy for its vectors.
     """
     root = Path(path)
     try:
@@ -107,6 +107,11 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     vectors = None
     if "vectors.fp16.npy" in files and made:
         _check(root / "vectors.fp16.npy", about)
+        try:
+            import numpy as np
+        except ImportError as e:
+            hint = "pip install 'flowc[local]'"
+            raise ResourceError(f"the package {e.name} is not installed", code="F060", hint=hint) from e
         vectors = np.load(root / "vectors.fp16.npy", mmap_mode="r", allow_pickle=False)
         if vectors.shape != (count, made.get("dim")):
             raise _damaged(root, f"{vectors.shape} vectors for {count} passages")
