@@ -106,9 +106,9 @@ class _Numbering:
     def control(self, op: Op) -> Iterator[Repeat]:
         if op.name in ("while", "foreach"):  # what an iteration writes, the next one reads
             self.wrote(self.facts.effect(op).writes)
-        for index, region in enumerate(op.regions):
-            if op.name == "try" and index == 1:  # a handler starts after any part of the body
-                self.wrote(self.facts.region_effect(op.regions[0]).writes)
+        for (
+            region
+        ) in op.regions:  # what one region writes, the next finds written: a handler starts after part of the body
             yield from self.region(region)
 
     def wrote(self, states: frozenset[str]) -> None:

@@ -152,45 +152,34 @@ class _Liveness:
         self.slots: set[tuple[int, int]] = set()
         self.used: set[str] = set()
         self._facts = facts
-        self._given: dict[
-            str, tuple[Op, int | None]
-        ] = {}  # value -> (op, slot; None: any of a leaf's or a region's own)
+        self._given: dict[str, tuple[Op, int | None]] = {}  # value -> (op that gives it, slot if it is carried)
         self._owner: dict[int, Op] = {}
         self._stores: dict[str, list[Op]] = {}
         self._work: list[str] = []
-        escaped: set[str] = set()
         roots: list[Op] = []
-        self._scan(graph.body, None, roots, escaped)
+        self._scan(graph.body, None, roots)
         for op in roots:
-            name = (
-                (op.operands[0] if op.name == "store" else op.results[0]).name if op.name in ("cell", "store") else ""
-            )
-            if not name or name in escaped:
-                self._mark_op(op)
+            self._mark_op(op)
         self._use(*graph.body.yields)
         self._run()
 
-    def _scan(self, region: Region, owner: Op | None, roots: list[Op], escaped: set[str]) -> None:
+    def _scan(self, region: Region, owner: Op | None, roots: list[Op]) -> None:
         for op in region.ops:
             if owner is not None:
                 self._owner[id(op)] = owner
             for i, v in enumerate(op.results):
                 self._given[v.name] = (op, i if op.regions else None)
             own = self._facts.own_effect(op)
-            if own.writes or own.may_raise:
-                roots.append(op)
             if op.name == "store":
                 self._stores.setdefault(op.operands[0].name, []).append(op)
-                escaped.add(op.operands[1].name)
-            elif op.name != "load":
-                escaped.update(v.name for v in op.operands)
+            elif op.name != "cell" and (own.writes or own.may_raise):  # a cell is live if it is loaded
+                roots.append(op)
             for inner in op.regions:
                 first = 1 if op.name == "foreach" else 0
                 for i, p in enumerate(inner.params):
                     carried = op.name in ("while", "foreach") and i >= first
                     self._given[p.name] = (op, i - first if carried else None)
-                self._scan(inner, op, roots, escaped)
-        escaped.update(v.name for v in region.yields)
+                self._scan(inner, op, roots)
 
     def _use(self, *values: Value) -> None:
         for v in values:
