@@ -26,7 +26,7 @@ class Attrs(dict[str, Attr]):
     def _frozen(self, *_: object, **__: object) -> Any:
         raise TypeError("attributes of an op are immutable; use `op.with_attrs(...)`")
 
-    __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = __ior__ = _frozen
+    __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = __ior__ = _frozen  # pyright: ignore[reportAssignmentType]
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
