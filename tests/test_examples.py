@@ -13,6 +13,7 @@ import pytest
 
 import flowc
 from flowc.backends.llm.factory import open_llm
+from flowc.backends.vector.bundle import index_bundle
 from flowc.dsl.workflow import Workflow
 
 pytestmark = pytest.mark.models
@@ -29,10 +30,8 @@ QUESTIONS = (
 def bundled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The index of the bundled documents, from their shipped embeddings, and the bundled reader."""
     pytest.importorskip("faiss")
-    from flowc.demo import build_demo_index
-
     out = tmp_path_factory.mktemp("examples") / "pydocs"
-    build_demo_index(ROOT / "data" / "pydocs", out)
+    index_bundle("pydocs", out, kind="ivf")
     flowc.bind(index={"pydocs": flowc.open_index(out, name="pydocs")}, llm={"default": open_llm("reader")})
     yield
     flowc.shutdown()

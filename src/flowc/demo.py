@@ -7,18 +7,12 @@ no language model. Put `[llm.default]` into flowc.toml to answer with one.
 
 from __future__ import annotations
 
-import gzip
-import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from flowc import LLM, Index, build_index, open_index, workflow
-from flowc.backends.embed import open_embedder
-from flowc.backends.vector.documents import Passage
-from flowc.ir.errors import ResourceError
-from flowc.ir.values import Docs
+from flowc import LLM, Docs, Index, open_index, workflow
+from flowc.backends.vector.bundle import index_bundle
 
 from .engine import INDEXES, bind
 from .pictures.html import page_of
@@ -45,30 +39,6 @@ def answer(question: str) -> tuple[str, Docs]:
     return text, passages + more
 
 
-def bundled_documents() -> Path:
-    """The folder data/pydocs of a checkout. ResourceError if flowc runs from somewhere else."""
-    for base in (Path.cwd(), Path(__file__).resolve().parents[2]):
-        if (base / "data" / "pydocs" / "passages.jsonl.gz").exists():
-            return base / "data" / "pydocs"
-    raise ResourceError(
-        "the bundled documents are not here",
-        code="F061",
-        hint="run the demo in a checkout of flowc (`make demo`), or index your own folder: flowc index build FOLDER -o .flowc/indexes/mine",
-    )
-
-
-def build_demo_index(folder: Path, out: Path = INDEX) -> int:
-    """Builds the index of the bundled documents from their shipped embeddings; gives back the number of passages."""
-    import numpy as np
-
-    with gzip.open(folder / "passages.jsonl.gz", "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    passages = [Passage(r["text"], title=r["title"], source=r["source"]) for r in rows]
-    vectors = np.load(folder / "vectors.fp16.npy")
-    build_index(passages, open_embedder("minilm"), out, kind="ivf", vectors=vectors)
-    return len(passages)
-
-
 def main() -> int:
     """Runs the demo; the exit code."""
     started = time.perf_counter()
@@ -76,15 +46,11 @@ def main() -> int:
     def say(text: str = "") -> None:
         print(text, flush=True)
 
-    folder = bundled_documents()
-    try:
-        index: Any = open_index(INDEX, name="pydocs")
-    except ResourceError:
-        say(f"Building the index of the bundled documents ({folder.name}) ...")
-        count = build_demo_index(folder)
-        say(f"  {count} passages in {time.perf_counter() - started:.1f} s, kept in {INDEX}")
-        index = open_index(INDEX, name="pydocs")
-    bind(index={"pydocs": index})
+    if not (INDEX / "manifest.json").exists():
+        say("Building the index of the bundled documents ...")
+        built = index_bundle("pydocs", INDEX, kind="ivf")
+        say(f"  {built.count} passages in {time.perf_counter() - started:.1f} s, kept in {INDEX}")
+    bind(index={"pydocs": open_index(INDEX, name="pydocs")})
 
     plan = answer.compile()
     began = time.perf_counter()

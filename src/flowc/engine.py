@@ -86,10 +86,8 @@ class BoundResources:
                     hint=f'build one with `flowc index build FOLDER -o {path}`, or say where it is in flowc.toml ([index.{name}] path = "...")',
                 )
             spec = section.embedder if section is not None else None
-            index = open_index(path, (lambda: self.embedder(spec)) if spec else None, name=name)
-            if section is not None and section.nprobe is not None:
-                index.nprobe = section.nprobe
-            return index
+            nprobe = section.nprobe if section is not None else None
+            return open_index(path, (lambda: self.embedder(spec)) if spec else None, name=name, nprobe=nprobe)
 
         return self._get("index", name, make)
 
