@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from flowc.ir.core import Attr, Scope, Value
 from flowc.ir.ops import OPS, Effect, effect_of_region
-from flowc.ir.types import ANY, DOCS, TEXT, VECTOR, Type, accepts, is_immutable, item_type
+from flowc.ir.types import ANY, DOCS, TEXT, VECTOR, Type, accepts, is_immutable, item_type, sequence_of
 
 from .. import resources as resources_module
 from ..resources import Resource, chat_prompt
 from ..tools import Tool
 from .expressions import Expressions
 from .names import MISSING
-from .purity import PURE, WRITES, Info, Site, result_type
+from .purity import PURE, WRITES, Info, Site, may_hold_lists, result_type
 from .source import synthetic
 
 if TYPE_CHECKING:
@@ -414,10 +414,10 @@ class Calls(Expressions):
                 operands.append(values[name])
             else:
                 operands.append(self._default(node, workflow, name, parameter.default))
-        types = tuple(v.type if is_immutable(v.type) or v.type.name == "sequence" else ANY for v in operands)
+        types = tuple(_seen_by_callee(v.type) for v in operands)
         callee = self.session.callee(workflow, types)
         effect = Effect(writes=frozenset({"py"})) if callee.graph is None else effect_of_region(callee.graph.body)
-        if effect.writes or callee.graph is None or not is_immutable(callee.graph.result.type):
+        if effect.writes or callee.graph is None or may_hold_lists(callee.graph.result.type):
             for v in operands:
                 self.escaped |= self.fact(v).sites
         reads = set(effect.reads)
@@ -433,7 +433,7 @@ class Calls(Expressions):
         if result.name == "list":  # the callee made it and keeps no hold on it
             result, sites = self.analyzer().fresh(node, item_type(result)) if is_immutable(result) else (ANY, sites)
         (value,) = self.builder.emit("call", operands, [(hint if hint != "v" else workflow.name, result)], attrs)
-        return self.know(value, sites=sites)
+        return self.know(value, sites=sites, is_declared=callee.is_declared)
 
     def _default(self, node: ast.Call, workflow: Any, name: str, default: Any) -> Value:
         if isinstance(default, (str, int, float, bool, type(None), bytes)):
@@ -444,6 +444,13 @@ class Calls(Expressions):
             f"the default of `{name}` in workflow `{workflow.name}` is an object that the graph cannot hold",
             f"pass `{name}` explicitly",
         )
+
+
+def _seen_by_callee(t: Type) -> Type:
+    """The type of an argument for the workflow that is called: a list of the caller's is an object that others hold."""
+    if t.name == "list":
+        return sequence_of(item_type(t)) if not may_hold_lists(item_type(t)) else sequence_of(ANY)
+    return t if t.name == "sequence" or not may_hold_lists(t) else ANY
 
 
 def _fits(signature: inspect.Signature, node: ast.Call) -> bool:

@@ -37,6 +37,7 @@ class Callee:
 
     name: str
     graph: Graph | None = None
+    is_declared: bool = False  # its result's type rests on an annotation that nobody checks
 
 
 @dataclass
@@ -61,10 +62,10 @@ class Session:
                 n += 1
                 name = f"{workflow.name}_{n}"
             found = self.callees[key] = Callee(name)
-            found.graph = self._lower(workflow, name, types)
+            found.graph, found.is_declared = self._lower(workflow, name, types)
         return found
 
-    def _lower(self, workflow: Captured, name: str, types: tuple[Type, ...]) -> Graph:
+    def _lower(self, workflow: Captured, name: str, types: tuple[Type, ...]) -> tuple[Graph, bool]:
         src = function_source(workflow.fn)
         _check(src, workflow)
         body = src.node.body
@@ -101,7 +102,7 @@ class Session:
         result = lowering.env.get(RETURN_VALUE)
         if result is None:  # every path raises
             result = builder.const(None, "result")
-        return builder.finish(result)
+        return builder.finish(result), lowering.fact(result).is_declared
 
     def _scope(self, fn: FunctionType) -> str:
         cells = dict(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True))

@@ -12,7 +12,7 @@ from flowc.ir.types import ANY, BOOL, INT, TEXT, Type, is_immutable, item_type, 
 
 from .liveness import binds
 from .names import MISSING
-from .purity import PURE, WRITES, Analyzer, Info, awaits, free_names
+from .purity import PURE, WRITES, Analyzer, Info, awaits, free_names, may_hold_lists
 from .source import synthetic
 from .state import State
 
@@ -172,7 +172,7 @@ class Expressions(State):
         return self.py_expr(rebuilt, hint, placeholders)
 
     def _wrap(self, form: str, node: ast.expr, items: Value, hint: str) -> Value:
-        self.escaped |= self.fact(items).sites if not is_immutable(item_type(items.type)) else frozenset()
+        self.escaped |= self.fact(items).sites if may_hold_lists(item_type(items.type)) else frozenset()
         text = form.format("items")
         (value,) = self.py(text, [("items", items)], Info(ANY, PURE, True), hint=hint)
         return value
@@ -335,7 +335,7 @@ class Expressions(State):
             segments.append("{}")
             formats.append(form)
             slots.append(value)
-            raises = raises or ":" in form or not is_immutable(value.type)
+            raises = raises or ":" in form or not is_immutable(value.type) or self.fact(value).is_declared
 
         for part in parts:
             pieces = part.values if isinstance(part, ast.JoinedStr) else [part]
@@ -386,7 +386,7 @@ class Expressions(State):
         items = self.iterable(g.iter)
 
         def per_item(params: tuple[Value, ...]) -> list[Value]:
-            self.know(params[0], sites=self.fact(items).sites if not is_immutable(params[0].type) else frozenset())
+            self.know(params[0], sites=self.fact(items).sites if may_hold_lists(params[0].type) else frozenset())
             self.bind_target(g.target, params[0])
 
             def chunk() -> Value:
@@ -423,8 +423,9 @@ class Expressions(State):
             {"collects": 1, **self.iteration_effect(items)}, (body,),
         )  # fmt: skip
         site = (node.lineno, node.col_offset)
-        inner_sites = frozenset() if is_immutable(item_type(found.type)) else self.fact(found).sites
-        return self.know(value, sites=frozenset() if site in self.tainted else inner_sites | {site})
+        inner_sites = self.fact(found).sites if may_hold_lists(item_type(found.type)) else frozenset()
+        own = frozenset() if site in self.tainted else inner_sites | {site}
+        return self.know(value, sites=own, is_declared=self.fact(found).is_declared)
 
     def _list_type(self, node: ast.expr, chunk: Value) -> Type:
         if (node.lineno, node.col_offset) in self.tainted:

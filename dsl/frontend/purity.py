@@ -69,6 +69,12 @@ class Info:
 
 
 UNKNOWN = Info(ANY, PURE, False)
+
+
+def may_hold_lists(t: Type) -> bool:
+    """May a value of this type be, or hold, a list that some variable names too?"""
+    return t == ANY or t.name in ("list", "sequence") or any(map(may_hold_lists, t.args))
+
 Lookup = Callable[[str], Info | None]
 
 TEXT_METHODS: dict[str, tuple[Type, bool]] = {
@@ -373,7 +379,7 @@ class Analyzer:
             return replace(total, type=TEXT, level=level, sites=frozenset())
         if op is ast.Add and a.type.name == b.type.name == "list":
             t, sites = self._fresh(node, join(item_type(a.type), item_type(b.type)), frozenset())
-            inner = frozenset() if is_immutable(t) else total.sites
+            inner = total.sites if may_hold_lists(item_type(t)) else frozenset()
             return replace(total, type=t, level=total.level, sites=sites | inner)
         if op is ast.Add and a.type == b.type == DOCS:
             return replace(total, type=DOCS, level=level, sites=frozenset())
@@ -431,7 +437,7 @@ class Analyzer:
             if base.type in (TEXT, DOCS, BYTES):
                 t = base.type
             elif base.type.name == "list":
-                inner = frozenset() if is_immutable(base.type) else base.sites
+                inner = base.sites if may_hold_lists(item_type(base.type)) else frozenset()
                 t, sites = self._fresh(node, item_type(base.type), inner)
             return Info(t, level, True if t == ANY else not _constant_slice(node.slice), sites, total.is_async)
         if base.type.name == "tuple" and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, int):
@@ -439,7 +445,7 @@ class Analyzer:
                 t = base.type.args[node.slice.value]
         elif index.type in (INT, BOOL):
             t = item_type(base.type) if base.type != ANY else ANY
-        if is_immutable(t):
+        if not may_hold_lists(t):
             sites = frozenset()
         return Info(t, level, True, sites, total.is_async)
 
@@ -556,7 +562,7 @@ class Analyzer:
             raises = target is range and not (len(infos) < 3 and all(i.type in (INT, BOOL) for i in infos))
         if target in (list, sorted):
             item = item_type(first) if infos else NEVER
-            inner_sites = frozenset() if is_immutable(item) else parts.sites
+            inner_sites = parts.sites if may_hold_lists(item) else frozenset()
             t, sites = self._fresh(node, item, inner_sites)
             return Info(t, level, True, sites, parts.is_async)
         if target is tuple:
@@ -573,7 +579,7 @@ class Analyzer:
         elif target in (set, frozenset, dict):
             self.escaped |= parts.sites
             sites = frozenset()
-        if is_immutable(result):
+        if not may_hold_lists(result):
             sites = frozenset()
         return Info(result, level, raises or parts.raises, sites, parts.is_async)
 
@@ -607,7 +613,7 @@ class Analyzer:
             return Info(t, level, total.raises or raises, sites, total.is_async)
         if base.type.name == "list" and func.attr in LIST_METHODS:
             if func.attr == "copy":
-                inner = frozenset() if is_immutable(base.type) else base.sites
+                inner = base.sites if may_hold_lists(item_type(base.type)) else frozenset()
                 t, sites = self._fresh(node, item_type(base.type), inner)
                 return Info(t, level, total.raises, sites, total.is_async)
             return Info(INT, level, True, frozenset(), total.is_async)
@@ -639,7 +645,7 @@ class Analyzer:
                     self.bind(e.value, Info(ANY, sites=value.sites), names)
                     self.escaped |= value.sites
                 else:
-                    self.bind(e, Info(inner, sites=frozenset() if is_immutable(inner) else value.sites), names)
+                    self.bind(e, Info(inner, sites=value.sites if may_hold_lists(inner) else frozenset()), names)
         elif isinstance(target, (ast.Attribute, ast.Subscript)):
             self.escaped |= value.sites | self.expr(target.value).sites
         elif isinstance(target, ast.Starred):

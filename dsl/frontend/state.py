@@ -242,17 +242,21 @@ class State:
                     hint=f"write `await {name}`",
                 )
         results = [(hint, info.type)] if outs is None else list(outs)
+        is_declared = any(self.fact(v).is_declared for _, v in inputs)
         attrs: dict[str, Attr] = {
             "source": source,
             "params": tuple(n for n, _ in inputs),
             "outs": tuple(n for n, _ in outs) if outs is not None else None,
             "reads": ("py",) if info.level >= READS else None,
             "writes": ("py",) if info.level >= WRITES else None,
-            "raises": True if info.raises else None,
+            "raises": True if info.raises or is_declared else None,
             "is_async": True if info.is_async else None,
             "scope": scope,
         }
-        return self.builder.emit("py", [v for _, v in inputs], results, attrs)
+        values = self.builder.emit("py", [v for _, v in inputs], results, attrs)
+        for v in values if is_declared else ():
+            self.know(v, is_declared=True)
+        return values
 
     def py_expr(self, node: ast.expr, hint: str = "v", placeholders: dict[str, Value] | None = None) -> Value:
         """An expression without operations (but for placeholders that stand for their values) as one `py` operation."""
@@ -269,13 +273,13 @@ class State:
         inputs = [(n, placeholders[n] if n in placeholders else self.outgoing(n)) for n in names]
         if not unbound:
             (value,) = self.py(text, inputs, info, hint=hint)
-            return self.know(value, sites=info.sites, is_declared=a.trusts)
+            return self.know(value, sites=info.sites, is_declared=a.trusts or self.fact(value).is_declared)
         result = next(n for n in ("value", "value_", "_value") if n not in names)
         outs = [(result, info.type), *((n, dict(inputs)[n].type) for n in unbound)]
         value, *rest = self.py(f"{result} = {text}", inputs, replace(info, raises=True), outs=outs)
         for n, v in zip(unbound, rest, strict=True):  # the expression has read it, so it is bound; but perhaps not every arm
             self.env[n] = self.know(v, sites=self.fact(dict(inputs)[n]).sites, is_unbound=True)
-        return self.know(value, sites=info.sites, is_declared=a.trusts)
+        return self.know(value, sites=info.sites, is_declared=a.trusts or self.fact(value).is_declared)
 
     def is_maybe_unbound(self, name: str) -> bool:
         value = self.env.get(name)
@@ -344,7 +348,7 @@ class State:
             op = block.ops.pop()
             value = Value(value.name, t)
             block.ops.append(type(op)(op.name, op.operands, (value,), op.attrs, op.regions, op.loc))
-        return self.know(value, sites=sites)
+        return self.know(value, sites=sites, is_declared=any(self.fact(v).is_declared for v in items))
 
     def loc(self, node: ast.AST) -> Loc:
         return self.src.loc(node)

@@ -17,7 +17,7 @@ from flowc.ir.types import ANY, BOOL, NEVER, NONE, Type, is_immutable, item_type
 from .calls import Calls
 from .liveness import RETURN_VALUE, Liveness, appended, binds, exits, falls_through, reads
 from .names import MISSING
-from .purity import PURE, READS, WRITES, Info
+from .purity import PURE, READS, WRITES, Info, may_hold_lists
 from .source import synthetic
 from .state import BREAK, CONTINUE, EXIT, HINTS, NO_FACT, NORMAL, RETURN, either
 
@@ -242,7 +242,7 @@ class Statements(Calls):
             before = given.get(name)
             unbound = name in unbinds or (name not in definite and before is not None and self.fact(before).is_unbound)
             sites = env[name].sites if name in env else self.fact(before).sites if before is not None else frozenset()
-            self.assign(name, self.know(value, sites=sites, is_unbound=unbound, is_declared=a.trusts))
+            self.assign(name, self.know(value, sites=sites, is_unbound=unbound, is_declared=a.trusts or self.fact(value).is_declared))
 
     # -- assignments
     def _assign(self, s: ast.Assign) -> None:
@@ -283,7 +283,7 @@ class Statements(Calls):
             value = self.lower(s.value, "more")
             if value.type.name == "list" and not self._is_shared(name, current):
                 (joined,) = self.builder.emit("concat", (current, value), [(name, join(current.type, value.type))])
-                inner = frozenset() if is_immutable(value.type) else self.fact(value).sites
+                inner = self.fact(value).sites if may_hold_lists(item_type(value.type)) else frozenset()
                 self.assign(name, self.know(joined, sites=self.fact(current).sites | inner))
                 return
             self.escaped |= self.fact(current).sites | self.fact(value).sites
@@ -335,8 +335,9 @@ class Statements(Calls):
         (longer,) = self.builder.emit(
             "append", (current, item), [(name, list_of(join(item_type(current.type), item.type)))]
         )
-        inner = frozenset() if is_immutable(item.type) else self.fact(item).sites
-        self.assign(name, self.know(longer, sites=fact.sites | inner))
+        inner = self.fact(item).sites if may_hold_lists(item.type) else frozenset()
+        declared = fact.is_declared or self.fact(item).is_declared
+        self.assign(name, self.know(longer, sites=fact.sites | inner, is_declared=declared))
 
     # -- loops
     def _for(self, s: ast.For) -> None:
@@ -366,7 +367,7 @@ class Statements(Calls):
 
         def body(params: tuple[Value, ...]) -> list[Value]:
             first, *rest = params
-            self.know(first, sites=frozenset() if is_immutable(first.type) else self.fact(items).sites)
+            self.know(first, sites=self.fact(items).sites if may_hold_lists(first.type) else frozenset(), is_declared=self.fact(items).is_declared)
             for n, v in zip(carried, rest, strict=True):
                 self.env[n] = v
             for n in collected:
@@ -394,7 +395,7 @@ class Statements(Calls):
         for n, v in zip(sorted(collected), results[len(carried) :], strict=True):
             before = self.env[n]
             (joined,) = self.builder.emit("concat", (before, v), [(n, join(before.type, v.type))])
-            self.env[n] = self.know(joined, sites=self.fact(before).sites | self.fact(v).sites)
+            self.env[n] = self.merged(joined, (before, v))
         if s.orelse:
             self._orelse(s, leaves)
         elif "return" in leaves:  # a break or continue ended with the loop
@@ -514,7 +515,7 @@ class Statements(Calls):
         for v, init, last in zip(results[:n], inits, nexts, strict=True):
             self.merged(v, (init, last))
         for v, last in zip(results[n:], block.yields[flags + n :], strict=True):
-            self.know(v, sites=self.fact(last).sites)
+            self.know(v, sites=self.fact(last).sites, is_declared=self.fact(last).is_declared)
         return results
 
     def _while(self, s: ast.While) -> None:
@@ -652,9 +653,10 @@ class Statements(Calls):
 
         final_reads = frozenset(reads(s.finalbody))
         self._make_try(body, [("BaseException", [], on_error)], outs, sorted(binds(parts) & final_reads & self.locals))
-        if not leaves:
-            self.env.pop(EXIT, None)
+        left = self.env.get(EXIT)
         self.block(s.finalbody, self.live.after[id(s)] | ({EXIT, RETURN_VALUE} if leaves else frozenset()))
+        if left is not None:  # loops inside may have used it
+            self.env[EXIT] = left
 
     def _try_except(self, s: ast.Try) -> None:
         live = self.live.after[id(s)] | frozenset(reads(s.finalbody))
