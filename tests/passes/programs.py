@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import re
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from flowc.ir.errors import Loc
 from flowc.ir.types import ANY, BOOL, INT, NEVER, RANGE, TEXT, Type, list_of, sequence_of, tuple_of
 from flowc.ir.values import Doc, Docs
 from flowc.runtime.protocols import GenerateRequest, Generation, SearchRequest
-from flowc.runtime.reference import _Interpreter, interpret
+from flowc.runtime.reference import _Interpreter
 
 FILE = "program.py"
 LIST = list_of(TEXT)
@@ -83,7 +82,7 @@ class Shown:
     value: Any = None
     aliases: tuple[tuple[int, int], ...] = ()
     error: str = ""
-    lines: tuple[int, ...] = ()
+    line: int = 0  # of the operation that raised it
 
 
 @dataclass(slots=True)
@@ -94,17 +93,22 @@ class Program:
     log: list[str]  # the state "py"
     table: list[str]  # the state "db"
 
-    def run(self, graph: Graph, run: Callable[[Graph, Sequence[Any], Any], Any] = interpret) -> Shown:
+    def run(self, graph: Graph, rng: random.Random | None = None) -> Shown:
+        """What the reference shows of the graph; with a source of randomness, what the adversary does."""
         self.log.clear()
         self.table.clear()
         shared = ["s0", "s1", "s2"]
         try:
-            value = run(graph, ["question", 2, shared], Resources())
+            runner = Reference(graph, Resources()) if rng is None else Adversary(graph, Resources(), rng)
+            value = runner.run(["question", 2, shared])
         except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            lines = tuple(f.lineno or 0 for f in frames if f.filename == FILE)[-1:]
             message = re.sub(r" in workflow \w+", "", str(error))  # a loop that was inlined is in another one now
-            return Shown(tuple(self.log), tuple(self.table), error=f"{type(error).__name__}: {message}", lines=lines)
+            return Shown(
+                tuple(self.log),
+                tuple(self.table),
+                error=f"{type(error).__name__}: {message}",
+                line=getattr(error, "op_line", 0),
+            )
         return Shown(tuple(self.log), tuple(self.table), value, tuple(_aliases([shared, value])))
 
 
@@ -460,7 +464,19 @@ def make(rng: random.Random, size: int = 8) -> Program:
     return Program(graph, log, table)
 
 
-class Adversary(_Interpreter):
+class Reference(_Interpreter):
+    """The reference, noting on an error the line of the operation that raised it."""
+
+    def op(self, graph: Graph, op: Op, env: dict[str, Any]) -> Sequence[Any]:
+        try:
+            return super().op(graph, op, env)
+        except Exception as error:
+            if op.loc is not None and not hasattr(error, "op_line"):
+                error.op_line = op.loc.line  # type: ignore[attr-defined]
+            raise
+
+
+class Adversary(Reference):
     """Runs regions that are not ordered in a random order that data and effects allow; items of parallel loops too.
 
     Of what fails, the first in program order counts. A plan whose meaning depends on more order than that is wrong.

@@ -4,20 +4,17 @@ Results run op by op in program order, and in random orders that data and effect
 """
 
 import random
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
-from flowc.ir.core import Graph
 from flowc.ir.parser import parse_graph
 from flowc.ir.printer import print_graph
 from flowc.ir.verifier import verify
 from flowc.passes import PassManager, parse_pipeline
 from flowc.passes.manager import PASSES, PIPELINES
-from tests.passes.programs import Adversary, Program, make
+from tests.passes.programs import Program, make
 
 seeds = st.integers(0, 2**32)
 
@@ -29,11 +26,7 @@ def check(program: Program, passes: str, seed: int) -> None:
         assert PassManager(parse_pipeline(passes)).run(result).graph == result, "a second time changes nothing"
     note(f"passes: {passes}\n{print_graph(program.graph)}\n{print_graph(result)}")
     assert program.run(result) == before
-
-    def adversary(graph: Graph, args: Sequence[Any], resources: Any) -> Any:
-        return Adversary(graph, resources, random.Random(seed)).run(args)
-
-    assert program.run(result, adversary) == before
+    assert program.run(result, random.Random(seed)) == before
 
 
 def test_the_programs_are_worth_running() -> None:
