@@ -450,7 +450,7 @@ class Driver:
                         slots[out] = fn(slots[a])
                         continue
                     if kind == TOOL:
-                        if not b.is_slow or worker.is_pool:
+                        if not b.is_slow or self._has_no_threads():
                             start = clock()
                             slots[out] = fn(*a(slots))
                             spent = clock() - start
@@ -703,8 +703,7 @@ class Driver:
             opened = frame.open
             if opened:
                 opened.pop(index, None)
-            if frame.error is None or index < frame.error_at:
-                frame.error, frame.error_at = error, index
+            frame.error, frame.error_at = error, index  # what comes after an error never runs, so this is the earliest
             frame.pc = max(frame.block.n, frame.pc) if frame.ret != ITEMS else frame.pc
             at = frame.error_at
             if opened:
@@ -786,7 +785,7 @@ class Driver:
             self._start_task(item)
             return item
         in_thread = target.thread is True or target.timeout_s is not None or target.pace.is_slow
-        if target.thread is False or worker.is_pool or not in_thread:
+        if target.thread is False or not in_thread or self._has_no_threads():
             if self._call_here(item):
                 if trace is not None:
                     item.note_end("finished")
@@ -795,6 +794,10 @@ class Driver:
         self._watch(item, target.timeout_s)
         self._call_in_thread(item)
         return item
+
+    def _has_no_threads(self) -> bool:
+        """Must tools run on the spot? In a pool's own thread, which could wait for itself, and where there is none."""
+        return worker.is_pool or self.runtime.pool is None
 
     def _call_here(self, item: CallItem) -> bool:
         """Calls in this thread. False if it failed and will be tried again."""
@@ -940,7 +943,9 @@ class Driver:
             target.pace.note(clock() - start)
             item.driver.post([answer])
 
-        self.runtime.pool.submit(job)
+        pool = self.runtime.pool
+        assert pool is not None
+        pool.submit(job)
 
     def _retry(self, item: CallItem) -> None:
         delay_s = backoff_s(item.attempt)
@@ -958,7 +963,8 @@ class Driver:
                 item.task = target.fn(*item.args, **item.kwargs)
                 self._start_task(item)
                 return
-            if target.thread is True or target.timeout_s is not None or target.pace.is_slow:
+            in_thread = target.thread is True or target.timeout_s is not None or target.pace.is_slow
+            if in_thread and not self._has_no_threads():
                 self._call_in_thread(item)
                 return
             if not self._call_here(item):

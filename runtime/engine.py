@@ -37,8 +37,8 @@ class Runtime:
     """Runs plans over backends. Thread-safe; use as a context manager or `close` it.
 
     `resources` is asked for each backend once, when the first operation needs it. `io_threads` bounds how many
-    synchronous tools run at once outside the driver's thread. `trace` records every run that names no trace of its
-    own.
+    synchronous tools run at once outside the driver's thread; with 0 they never leave it (a simulation wants that:
+    nothing then depends on real time). `trace` records every run that names no trace of its own.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Runtime:
         self.resources = resources
         self.trace = trace
         self.name = name
-        self.pool = ThreadPool(io_threads, name)
+        self.pool = ThreadPool(io_threads, name) if io_threads else None
         self._lanes: dict[tuple[str, str], Lane] = {}
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
@@ -420,11 +420,13 @@ class Runtime:
         for lane in lanes:
             for item in lane.close():
                 item.driver.post([(item, False, error)])
-        self.pool.close()
+        if self.pool is not None:
+            self.pool.close()
         deadline = time.monotonic() + timeout_s
         for lane in lanes:
             lane.join(max(0.0, deadline - time.monotonic()))
-        self.pool.join(max(0.0, deadline - time.monotonic()))
+        if self.pool is not None:
+            self.pool.join(max(0.0, deadline - time.monotonic()))
         for loop in self._loops:
             if not loop.is_running():
                 loop.close()

@@ -154,13 +154,16 @@ class Lane:
                 if self._is_closed:
                     return
                 batch = next_wavefront(self._queue, self.max_batch)
-            answers = self._serve(batch)
-            posts: dict[Any, list[Answer]] = {}
-            for answer in answers:
-                posts.setdefault(answer[0].driver, []).append(answer)
-            for driver, some in posts.items():
-                driver.post(some)
-            del batch, answers, posts  # an idle worker keeps nothing alive
+            self._answer(batch)
+            del batch  # an idle worker keeps nothing alive
+
+    def _answer(self, batch: list[LaneItem]) -> None:
+        """Serves a batch; each driver gets its answers in one message."""
+        posts: dict[Any, list[Answer]] = {}
+        for answer in self._serve(batch):
+            posts.setdefault(answer[0].driver, []).append(answer)
+        for driver, answers in posts.items():
+            driver.post(answers)
 
     def _serve(self, batch: list[LaneItem]) -> list[Answer]:
         method = self.method(batch)

@@ -221,6 +221,33 @@ def test_in_order_nothing_runs_ahead() -> None:
     assert _race([1.0, 1.0, 1.0], set()) == ("2", 1.0)
 
 
+def test_what_comes_after_a_failure_is_not_begun() -> None:
+    begun: list[int] = []
+
+    async def slow(x: int) -> int:
+        await asyncio.sleep(2)
+        return x
+
+    async def fails(x: int) -> int:
+        await asyncio.sleep(1)
+        raise ValueError(x)
+
+    b = Builder("w", [("x", INT)])
+    first = b.tool(slow, "slow", b.params[0])
+    second = b.tool(fails, "fails", b.params[0])
+    third = b.tool(begun.append, "append", first)
+
+    async def main() -> None:
+        with Runtime(World()) as runtime:
+            with pytest.raises(ValueError, match="1"):
+                await runtime.run_async(build_plan(pruned(b.finish(b.list_of(second, third)))), (1,))
+
+    loop = VirtualLoop()
+    loop.run(main())
+    assert loop.time() == 2.0
+    assert begun == []
+
+
 def test_errors_in_handlers_are_chained() -> None:
     b = Builder("w", [("x", INT)])
     with b.region() as body:

@@ -77,7 +77,7 @@ def test_the_same_seed_gives_the_same_schedule(seed: int, x: int, y: int) -> Non
         trace = Trace()
 
         async def run() -> Any:
-            with Runtime(play) as runtime:
+            with Runtime(play, io_threads=0) as runtime:
                 outcomes = await runtime.map_async(plan, [(x, y), (y, x), (x, x)], trace=trace, concurrency=2)
                 return [(o.value, o.seconds, type(o.error)) for o in outcomes]
 

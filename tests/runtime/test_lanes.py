@@ -48,6 +48,9 @@ def test_a_wavefront_is_what_shares_the_first_items_key() -> None:
     assert keys(queue) == [2, 3, 2]
     assert keys(next_wavefront(queue, 1)) == [2]
     assert keys(queue) == [3, 2]
+    queue = deque(map(Item, [1, 2, 3, 1, 1, 2]))
+    assert keys(next_wavefront(queue, 2)) == [1, 1]
+    assert keys(queue) == [2, 3, 1, 2], "what is left keeps its order"
 
 
 def test_programs_of_a_map_share_calls() -> None:

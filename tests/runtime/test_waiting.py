@@ -8,6 +8,7 @@ import gc
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -347,6 +348,69 @@ def test_what_can_no_longer_matter_is_cancelled() -> None:
     assert state == ["cancelled 1", "cancelled 2"]
 
 
+def test_a_handler_that_waits_is_cancelled_too() -> None:
+    state = []
+
+    async def fails(x: int) -> int:
+        await asyncio.sleep(1)
+        raise ValueError(x)
+
+    async def sleepy(x: int) -> int:
+        try:
+            await asyncio.sleep(100)
+        except asyncio.CancelledError:
+            state.append("cancelled")
+            raise
+        return x
+
+    b = Builder("w", [("x", INT)])
+    with b.region() as body:
+        body.yields = (b.tool(fails, "fails", b.params[0]),)
+    with b.region([("e", ANY)]) as handler:
+        handler.yields = (b.tool(sleepy, "sleepy", b.params[0]),)
+    (v,) = b.emit("try", [], [("v", ANY)], {"handlers": ("ValueError",)}, [body.done(), handler.done()])
+    plan = build_plan(b.finish(v))
+
+    async def main() -> None:
+        with Runtime(World()) as runtime:
+            with pytest.raises(ProgramTimeoutError):
+                await runtime.run_async(plan, (1,), timeout_s=5)
+            await asyncio.sleep(0)
+
+    VirtualLoop().run(main())
+    assert state == ["cancelled"]
+
+
+def test_a_finished_program_is_held_by_nothing() -> None:
+    """Not by the timers of timeouts that it did not need, nor by an idle lane."""
+
+    class Big:
+        pass
+
+    made: list[weakref.ref[Big]] = []
+
+    async def big(x: Any) -> Any:
+        await asyncio.sleep(0.01)
+        value = Big()
+        made.append(weakref.ref(value))
+        return value
+
+    b = Builder("w", [("x", ANY)])
+    v = b.tool(big, "big", b.params[0], timeout=1000)
+    w, u = b.tool(big, "big", b.params[0], timeout=1000), b.generate("m", b.const("p"), timeout=1000)
+    (none,) = b.py("(x, y, t) and None", v, w, u, params=["x", "y", "t"])
+    plan = build_plan(pruned(b.finish(none)))
+
+    async def main() -> None:
+        with Runtime(World()) as runtime:
+            assert await runtime.run_async(plan, (Big(),), timeout_s=1000) is None
+            await asyncio.sleep(0.01)
+            gc.collect()
+            assert [ref() for ref in made] == [None, None]
+
+    asyncio.run(main())
+
+
 def _interrupt_soon(delay_s: float = 0.1) -> threading.Timer:
     """As Ctrl-C does: a signal that reaches the main thread."""
     main = threading.main_thread().ident
@@ -354,6 +418,20 @@ def _interrupt_soon(delay_s: float = 0.1) -> threading.Timer:
     timer = threading.Timer(delay_s, signal.pthread_kill, (main, signal.SIGINT))
     timer.start()
     return timer
+
+
+def test_without_threads_tools_stay_where_they_are() -> None:
+    threads = set()
+
+    def blocking(x: int) -> int:
+        threads.add(threading.get_ident())
+        time.sleep(2 * SLOW_S)
+        return x
+
+    with Runtime(World(), io_threads=0) as runtime:
+        assert len(runtime.map(build_plan(tool_graph(blocking, timeout=1)), [(i,) for i in range(3)])) == 3
+        assert len(runtime.map(build_plan(tool_graph(blocking)), [(i,) for i in range(3)])) == 3
+    assert threads == {threading.get_ident()}
 
 
 @pytest.mark.parametrize("how", ["lane", "async", "python", "tool"])
