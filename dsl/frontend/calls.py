@@ -58,7 +58,7 @@ class Calls(Expressions):
             return None
         bound = getattr(found, "__self__", None)
         if isinstance(bound, Resource) and found.__name__ in bound.operations:
-            return ("resource", found) if _fits(inspect.signature(found), node) else None
+            return ("resource", found) if _fits(_method_signature(found), node) else None
         if isinstance(found, Tool):
             return ("tool", found) if _fits(found.signature, node) else None
         if getattr(bound, "__flowc_workflow__", False) and found.__name__ == "aio":
@@ -272,7 +272,7 @@ class Calls(Expressions):
     def _resource(self, node: ast.Call, method: Any, hint: str) -> Value:
         resource: Resource = method.__self__
         op = resource.operations[method.__name__]
-        given = _bind(inspect.signature(method), node)
+        given = _bind(_method_signature(method), node)
         attrs: dict[str, Attr] = {"resource": resource.name}
         values: dict[str, Value] = {}
         for name, arg in given:
@@ -451,6 +451,12 @@ def _seen_by_callee(t: Type) -> Type:
     if t.name == "list":
         return sequence_of(item_type(t)) if not may_hold_lists(item_type(t)) else sequence_of(ANY)
     return t if t.name == "sequence" or not may_hold_lists(t) else ANY
+
+
+@functools.lru_cache(maxsize=64)
+def _method_signature(method: Any) -> inspect.Signature:
+    """The signature of a resource's method."""
+    return inspect.signature(method)
 
 
 def _fits(signature: inspect.Signature, node: ast.Call) -> bool:

@@ -26,6 +26,14 @@ class FunctionSource:
     def line(self, number: int) -> str:
         return self.lines[number - 1].rstrip("\n") if 0 < number <= len(self.lines) else ""
 
+    def segment(self, node: ast.expr) -> str:
+        """The text of an expression as it is written (`ast.get_source_segment`, without splitting the file anew each time)."""
+        assert node.end_lineno is not None
+        lines = [line.encode("utf-8", "surrogatepass") for line in self.lines[node.lineno - 1 : node.end_lineno]]
+        lines[-1] = lines[-1][: node.end_col_offset]
+        lines[0] = lines[0][node.col_offset :]
+        return b"".join(lines).decode("utf-8", "surrogatepass")
+
     def loc(self, node: ast.AST) -> Loc:
         """The place of a node; columns count characters, as Python's carets do."""
         line = getattr(node, "lineno", 0)

@@ -321,10 +321,10 @@ class State:
         lines = self.src.lines[first - 1 : last]
         if first and lines:
             if isinstance(node, ast.expr):
-                segment = ast.get_source_segment("".join(self.src.lines), node)
-                if segment is not None and "\n" not in segment:
+                segment = self.src.segment(node)
+                if "\n" not in segment:
                     return segment
-                candidate = f"({segment})" if segment is not None else ""
+                candidate = f"({segment})"
             else:
                 candidate = textwrap.dedent("".join(lines)).rstrip("\n")
             try:
