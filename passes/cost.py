@@ -16,7 +16,7 @@ from flowc.ir.ops import DEFAULT_RATES, OPS, Rates
 PASS_RATES: Final[Rates] = {
     **DEFAULT_RATES,
     "turn_s": 1e-6,  # what the scheduler spends on one node
-    "call_s": 1.0,  # a workflow that is called and cannot be looked into
+    "call_s": 1.0,  # a workflow that is called and cannot be looked into, or calls itself
     "while_trips": 3.0,
     "foreach_items": 4.0,
     "branch": 0.5,  # how likely the first region of an `if` is
@@ -43,9 +43,7 @@ class CostModel:
         return self.rates["turn_s"]
 
     def own_s(self, op: Op) -> float:
-        """What the op takes itself, its regions and its turn not counted."""
-        if op.name == "call":
-            return self.rates["call_s"]
+        """What the op takes itself; its regions, the workflow that it calls and its turn are not counted."""
         if op.regions or op.name in ("const", "undef"):
             return 0.0
         return OPS[op.name].cost_s(op, self.rates)

@@ -47,11 +47,16 @@ def iterates_safely(t: Type) -> bool:
 class Facts:
     """Facts about one workflow, computed on demand."""
 
-    __slots__ = ("_definers", "_effects", "_held", "_readers", "_seconds", "_uses", "_waits", "costs", "graph")
+    __slots__ = (
+        *("_called", "_callers", "_definers", "_effects", "_held", "_readers", "_seconds", "_uses", "_waits"),
+        *("costs", "graph"),
+    )
 
-    def __init__(self, graph: Graph, costs: CostModel) -> None:
+    def __init__(self, graph: Graph, costs: CostModel, callers: tuple[Graph, ...] = ()) -> None:
         self.graph = graph
         self.costs = costs
+        self._callers = callers
+        self._called: dict[str, float] = {}
         self._held: list[Op | Region] = []  # keeps the keys' ids taken
         self._effects: dict[int, Effect] = {}
         self._uses: dict[int, tuple[str, ...]] = {}
@@ -271,7 +276,7 @@ class Facts:
         found = self._seconds.get(id(op))
         if found is None:
             costs = self.costs
-            found = costs.own_s(op) + costs.turn_s
+            found = costs.turn_s + (self.call_seconds(str(op.attr("callee"))) if op.name == "call" else costs.own_s(op))
             if op.regions:
                 match op.name:
                     case "if":
@@ -293,6 +298,21 @@ class Facts:
                         found += self.region_seconds(op.regions[0])
             self._seconds[id(op)] = found
             self._held.append(op)
+        return found
+
+    def call_seconds(self, name: str) -> float:
+        """What a run of the called workflow is predicted to take; a recursive call is taken as any unknown one."""
+        found = self._called.get(name)
+        if found is None:
+            callers = (*self._callers, self.graph)
+            callee = next((g for caller in reversed(callers) if (g := caller.callee(name)) is not None), None)
+            if callee is None or any(callee is caller for caller in callers):
+                found = self.costs["call_s"]
+            else:
+                inner = Facts(callee, self.costs, callers)
+                inner._called = self._called
+                found = inner.region_seconds(callee.body)
+            self._called[name] = found
         return found
 
     def region_seconds(self, region: Region, *, ordered: bool | None = None) -> float:

@@ -272,3 +272,21 @@ def test_a_long_workflow_needs_no_deep_stack(make: Callable[[int], Graph]) -> No
     assert len(fused) == 1
     assert len(fused[0].regions[0].ops) == 1500
     assert all(isinstance(op, Op) and "wave" in op.attrs for op in found.graph.body.ops if op.name == "generate")
+
+
+def test_a_call_takes_as_long_as_what_it_calls() -> None:
+    text = """
+workflow @w(%q: text) -> docs {
+  %a = call @inner (%q) : docs
+  return %a
+}
+
+workflow @inner(%q: text) -> docs {
+  %a = search @x (%q) : docs
+  %b = call @inner (%q) : docs
+  return %b
+}
+"""
+    costs = CostModel({"search_s": 1.0, "call_s": 10.0, "turn_s": 0.0})
+    assert predicted_s(parse_graph(text), costs) == pytest.approx(10.0)  # the recursive call, beside the search
+    assert predicted_s(parse_graph(text.replace("%q: text) -> docs {", "%q: text) -> docs seq {")), costs) == 11.0
