@@ -73,11 +73,13 @@ class Session:
         parameters = list(workflow.signature.parameters)
         own = frozenset(parameters) | binds(body, appends=False)
         local = frozenset(own - declared)
+        inner = _inner_names(src.node)
+        has_walrus = any(isinstance(n, ast.NamedExpr) for n in ast.walk(src.node))
         live = Liveness(body)
         scope = self._scope(workflow.fn)
         tainted: frozenset[Site] = frozenset()
         while True:
-            resolver = Resolver(workflow.fn, local, frozenset(declared))
+            resolver = Resolver(workflow.fn, local | inner, frozenset(declared))
             builder = Builder(name, list(zip(parameters, types, strict=True)), scope=scope, loc=src.loc(src.node))
             builder.scopes, builder.symbols = self.scopes, self.symbols
             lowering = Statements(
@@ -91,6 +93,7 @@ class Session:
                 tainted,
                 workflow.max_iterations,
             )
+            lowering.has_walrus = has_walrus
             lowering.outer_names = frozenset(declared)
             lowering.binding_counts, lowering.bound_in_loops = _bindings(src.node, parameters)
             lowering.env = dict(zip(parameters, builder.params, strict=True))
@@ -162,6 +165,17 @@ def _check(src: FunctionSource, workflow: Captured) -> None:
                 f"`*{p.name}` in the signature of a workflow cannot be captured",
                 "take a list or a dict as one parameter",
             )
+
+
+def _inner_names(node: ast.AST) -> set[str]:
+    """What comprehensions and lambdas of a function call their own: such a name may mean something else outside them."""
+    found: set[str] = set()
+    for n in ast.walk(node):
+        if isinstance(n, ast.comprehension):
+            found.update(x.id for x in ast.walk(n.target) if isinstance(x, ast.Name))
+        elif isinstance(n, ast.Lambda):
+            found.update(a.arg for a in ast.walk(n.args) if isinstance(a, ast.arg))
+    return found
 
 
 def _bindings(

@@ -94,7 +94,7 @@ class Expressions(State):
                 found = self.lower_call(node, hint)
             if found is not None:
                 return found
-        binding = any(isinstance(n, ast.NamedExpr) for n in ast.walk(node))
+        binding = self.binds_inside(node)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and (parts := self._text_parts(node)):
             with self.at(node):
                 return self.template(parts, node, hint)
@@ -191,7 +191,7 @@ class Expressions(State):
     def _hoist(self, node: ast.expr, placeholders: dict[str, Value]) -> ast.expr:
         """`node` with its operations, and what must run before them, replaced by names in `placeholders`."""
         children = _evaluation_order(node)
-        last = max((i for i, (_, _, c) in enumerate(children) if self.has_op(c) or _binds(c)), default=-1)
+        last = max((i for i, (_, _, c) in enumerate(children) if self.has_op(c) or self.binds_inside(c)), default=-1)
         rebuilt = copy.copy(node)
         cuts: dict[ast.expr, str] = {}
         rebuilt.cuts = cuts  # type: ignore[attr-defined]  # what was replaced by which name, for its text
@@ -215,7 +215,7 @@ class Expressions(State):
         return rebuilt
 
     def _placeholder(self, child: ast.expr, placeholders: dict[str, Value]) -> ast.expr:
-        if not self.has_op(child) and not _binds(child):
+        if not self.has_op(child) and not self.binds_inside(child):
             if isinstance(child, ast.Constant):
                 return child
             static = self.resolver.resolve(child)
@@ -311,7 +311,7 @@ class Expressions(State):
             )
         if isinstance(node, ast.Call) and self.is_operation(node):
             return self.operation_type(node) == TEXT
-        if self.has_op(node) or _binds(node):
+        if self.has_op(node) or self.binds_inside(node):
             return False
         a = Analyzer(self.resolver, self._info, self.tainted)
         return a.expr(node).type == TEXT and not a.trusts
@@ -379,7 +379,7 @@ class Expressions(State):
                 "an asynchronous comprehension with operations cannot be captured",
                 "collect the items first",
             )
-        if any(isinstance(n, ast.NamedExpr) for n in ast.walk(node)):
+        if self.binds_inside(node):
             self.fail(
                 node, "F014", "`:=` inside a comprehension with operations cannot be captured", "write a for loop"
             )
@@ -589,10 +589,6 @@ def _cut(cuts: dict[ast.expr, str], old: ast.expr, new: ast.expr) -> None:
             cuts[old] = new.id
     elif isinstance(new, ast.Attribute) and isinstance(old, ast.Attribute):
         _cut(cuts, old.value, new.value)
-
-
-def _binds(node: ast.AST) -> bool:
-    return any(isinstance(n, ast.NamedExpr) for n in ast.walk(node))
 
 
 def _fresh_names(value: Value) -> Any:

@@ -8,9 +8,6 @@ from typing import TypeGuard
 
 RETURN_VALUE = "<return>"
 
-_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
-_LOOPS = (ast.For, ast.AsyncFor, ast.While)
-
 
 def reads(node: ast.AST | Iterable[ast.AST]) -> set[str]:
     """Every name of the enclosing function that a piece of code may read or delete, nested functions included."""
@@ -129,24 +126,31 @@ def exits(node: ast.AST | Sequence[ast.AST]) -> set[str]:
     """
     found: set[str] = set()
 
-    def visit(n: ast.AST, in_loop: bool) -> None:
-        if isinstance(n, _SCOPES):
-            return
-        if isinstance(n, ast.Return):
-            found.add("return")
-        elif isinstance(n, (ast.Break, ast.Continue)) and not in_loop:
-            found.add("break" if isinstance(n, ast.Break) else "continue")
-        if isinstance(n, _LOOPS):
-            for inner in n.body:
-                visit(inner, True)
-            for inner in n.orelse:
-                visit(inner, in_loop)
-            return
-        for inner in ast.iter_child_nodes(n):
-            visit(inner, in_loop)
+    def visit(nodes: Iterable[ast.AST], in_loop: bool) -> None:
+        for n in nodes:
+            match n:
+                case ast.Return():
+                    found.add("return")
+                case ast.Break() | ast.Continue():
+                    if not in_loop:
+                        found.add("break" if isinstance(n, ast.Break) else "continue")
+                case ast.For() | ast.AsyncFor() | ast.While():
+                    visit(n.body, True)
+                    visit(n.orelse, in_loop)
+                case ast.If():
+                    visit(n.body, in_loop)
+                    visit(n.orelse, in_loop)
+                case ast.Try() | ast.TryStar():
+                    for block in (n.body, n.handlers, n.orelse, n.finalbody):
+                        visit(block, in_loop)
+                case ast.With() | ast.AsyncWith() | ast.ExceptHandler() | ast.match_case():
+                    visit(n.body, in_loop)
+                case ast.Match():
+                    visit(n.cases, in_loop)
+                case _:  # expressions and nested functions leave nothing
+                    pass
 
-    for top in [node] if isinstance(node, ast.AST) else node:
-        visit(top, False)
+    visit([node] if isinstance(node, ast.AST) else node, False)
     return found
 
 

@@ -243,7 +243,7 @@ class Analyzer:
 
     # -- displays and comprehensions
     def _List(self, node: ast.List) -> Info:
-        infos, total = self._all([e.value if isinstance(e, ast.Starred) else e for e in node.elts])
+        infos, total = self._all(node.elts)
         items = [
             item_type(i.type) if isinstance(e, ast.Starred) else i.type for e, i in zip(node.elts, infos, strict=True)
         ]
@@ -252,20 +252,22 @@ class Analyzer:
         return replace(total, type=t, sites=sites, raises=total.raises or starred)
 
     def _Tuple(self, node: ast.Tuple) -> Info:
-        infos, total = self._all([e.value if isinstance(e, ast.Starred) else e for e in node.elts])
+        infos, total = self._all(node.elts)
         if any(isinstance(e, ast.Starred) for e in node.elts):
             return replace(total, type=ANY, raises=True)
         return replace(total, type=tuple_of(*(i.type for i in infos)))
 
     def _Set(self, node: ast.Set) -> Info:
-        _, total = self._all([e.value if isinstance(e, ast.Starred) else e for e in node.elts])
+        infos, total = self._all(node.elts)
         self.escaped |= total.sites
-        return replace(total, type=ANY, raises=True, sites=frozenset())
+        level = max([total.level, *(i.touch for i in infos)])  # hashing looks inside
+        return replace(total, level=level, type=ANY, raises=True, sites=frozenset())
 
     def _Dict(self, node: ast.Dict) -> Info:
-        _, total = self._all([*node.keys, *node.values])
+        infos, total = self._all([*node.keys, *node.values])
         self.escaped |= total.sites
-        return replace(total, type=ANY, raises=True, sites=frozenset())
+        level = max([total.level, *(i.touch for i in infos)])  # hashing and `**` look inside
+        return replace(total, level=level, type=ANY, raises=True, sites=frozenset())
 
     def _comprehension(
         self, node: ast.expr, generators: list[ast.comprehension], elements: list[ast.expr]
@@ -454,7 +456,8 @@ class Analyzer:
 
     def _Starred(self, node: ast.Starred) -> Info:
         i = self.expr(node.value)
-        return replace(i, level=max(i.level, self.iteration(i)), raises=True)
+        sites = i.sites if may_hold_lists(item_type(i.type)) else frozenset()
+        return replace(i, level=max(i.level, self.iteration(i)), raises=True, sites=sites)
 
     def _NamedExpr(self, node: ast.NamedExpr) -> Info:
         i = self.expr(node.value)
@@ -503,8 +506,8 @@ class Analyzer:
         finally:
             self._immediate = immediate
         if target is MISSING:
-            _, callee = self._all([node.func])
-            return self._opaque(node, self._both(callee, parts))
+            callee = self.expr(node.func)
+            return self._opaque(node, replace(self._both(callee, parts), sites=callee.sites | parts.sites))
         level = max([parts.level, *(i.touch for i in infos)])
         if getattr(target, "__flowc_pure__", False):
             return Info(self._trust(_annotated(target)), level, True, parts.sites, parts.is_async)

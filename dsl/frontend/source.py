@@ -34,6 +34,17 @@ class FunctionSource:
         lines[0] = lines[0][node.col_offset :]
         return b"".join(lines).decode("utf-8", "surrogatepass")
 
+    def segment(self, node: ast.expr) -> str:
+        """The text of an expression."""
+        first, last = node.lineno, node.end_lineno or node.lineno
+        lines = self.lines[first - 1 : last]
+        if first == last and lines[0].isascii():
+            return lines[0][node.col_offset : node.end_col_offset]
+        raw = [line.encode("utf-8", "surrogatepass") for line in lines]
+        raw[-1] = raw[-1][: node.end_col_offset]
+        raw[0] = raw[0][node.col_offset :]
+        return b"".join(raw).decode("utf-8", "surrogatepass")
+
     def loc(self, node: ast.AST) -> Loc:
         """The place of a node; columns count characters, as Python's carets do."""
         line = getattr(node, "lineno", 0)

@@ -77,6 +77,7 @@ class State:
     has_op_memo: dict[int, tuple[ast.AST, bool]] = field(
         default_factory=dict
     )  # holds the node, so that its id stays its own
+    has_walrus: bool = True  # does the function hold a `:=` anywhere?
     binding_counts: dict[str, int] = field(default_factory=dict)
     bound_in_loops: frozenset[str] = frozenset()
 
@@ -281,6 +282,10 @@ class State:
             self.env[n] = self.know(v, sites=self.fact(dict(inputs)[n]).sites, is_unbound=True)
         return self.know(value, sites=info.sites, is_declared=a.trusts or self.fact(value).is_declared)
 
+    def binds_inside(self, node: ast.AST) -> bool:
+        """Does an expression bind a variable with `:=`?"""
+        return self.has_walrus and any(isinstance(n, ast.NamedExpr) for n in ast.walk(node))
+
     def is_maybe_unbound(self, name: str) -> bool:
         value = self.env.get(name)
         return value is None or self.fact(value).is_unbound
@@ -318,22 +323,22 @@ class State:
         if getattr(node, "is_synthetic", False):
             return ast.unparse(node)
         first, last = getattr(node, "lineno", 0), getattr(node, "end_lineno", 0) or 0
-        lines = self.src.lines[first - 1 : last]
-        if first and lines:
-            if isinstance(node, ast.expr):
-                segment = self.src.segment(node)
-                if "\n" not in segment:
-                    return segment
-                candidate = f"({segment})"
-            else:
-                candidate = textwrap.dedent("".join(lines)).rstrip("\n")
-            try:
-                parsed = ast.parse(candidate, mode="eval").body if isinstance(node, ast.expr) else ast.parse(candidate)
-                wanted = node if isinstance(node, ast.expr) else ast.Module([node], [])  # type: ignore[list-item]
-                if ast.dump(parsed) == ast.dump(wanted):
-                    return candidate
-            except SyntaxError:
-                pass
+        if not first or last > len(self.src.lines):
+            return ast.unparse(node)
+        if isinstance(node, ast.expr):
+            segment = self.src.segment(node)
+            if first == last:
+                return segment
+            candidate = f"({segment})"
+        else:
+            candidate = textwrap.dedent("".join(self.src.lines[first - 1 : last])).rstrip("\n")
+        try:
+            parsed = ast.parse(candidate, mode="eval").body if isinstance(node, ast.expr) else ast.parse(candidate)
+            wanted = node if isinstance(node, ast.expr) else ast.Module([node], [])  # type: ignore[list-item]
+            if ast.dump(parsed) == ast.dump(wanted):
+                return candidate
+        except SyntaxError:
+            pass
         return ast.unparse(node)
 
     def list_value(self, items: Sequence[Value], node: ast.AST, hint: str = "items") -> Value:
