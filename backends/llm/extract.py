@@ -32,7 +32,7 @@ _ENDINGS = (  # (ending, what takes its place, shortest word it is taken from)
 )  # fmt: skip
 
 _SENTENCE_END = re.compile(
-    r"""[.!?…]["'”’)\]]*\s+(?=["'“‘(\[`*]*[A-Z0-9_>@…])   # a full stop before a capital
+    r"""[.!?…]["'”’)\]]*(?:\s\[\d+\])*\s+(?!\[\d+\])(?=["'“‘(\[`*]*[A-Z0-9_>@…])   # a full stop, maybe a mark
       | (?<=:)\s+(?=>>>\s|def\ |import\ |from\ \w+\ import|class\ \w+[(:]|\#)   # a colon before code
       | (?<!\s)\s+(?=>>>\s)""",  # an interpreter prompt
     re.VERBOSE,
@@ -42,6 +42,7 @@ _ABBREVIATION = re.compile(
     r"(?:\b(?:e\.g|i\.e|etc|vs|cf|al|approx|resp|incl|Mr|Mrs|Dr|St|No|Fig|Sec|pp|ed)\.|(?:^|\s)\(?[A-Z]\.|(?:^|\s)[ivx]+\.)$"
 )
 
+_SOURCE_MARKS = re.compile(r"(?:\s\[\d+\])+$")
 _CODE = re.compile(
     r">>>|(?:^|\s)\.\.\.\s| [-+*/|&]?= | == |[{};]|\bdef \w+\(|\bimport \w+$|\bprint\(|#include|\bself\.|->|\s\$ |"
     r"\bTraceback\b|^for \w+ in .*:|\w=\w|\w\[\w+\]|  # "
@@ -194,6 +195,7 @@ def _bm25(query: dict[str, float], unit: Sequence[str], mean_length: float) -> f
 
 def _quality(sentence: str, position: int, last: bool, question: str) -> float:
     """How well a sentence stands alone, about 1 for a sentence of prose; a factor on its score."""
+    sentence = _SOURCE_MARKS.sub("", sentence)
     words = sentence.split()
     quality = 1.0
     if _CODE.search(sentence):

@@ -82,6 +82,9 @@ _CODE_WORD = re.compile(
 _QUESTION_LINE = re.compile(r"^[ \t]*(?:[\w-]+[ \t]+){0,2}(?:question|q)[ \t]*:[ \t]*(\S.*?)[ \t]*$", re.I | re.M)
 _CUE_LINE = re.compile(r"^[ \t]*(?:[\w'-]+[ \t]+){0,4}[\w'-]+[ \t]*:[ \t]*$", re.M)  # "Answer:", "A better answer:"
 _LABEL = re.compile(r"^[^?:]{0,100}:\s+(?=\S)")  # "Write a passage that answers: "
+_CONTEXT_CUE = re.compile(
+    r"^[ \t]*(?:\w+:[ \t]*)?(?:context|facts|notes|sources|passages|documents|background|findings)[ \t]*:", re.I | re.M
+)
 _SHORT_LABEL = re.compile(r"^(?:[\w'-]+ ){0,2}[\w'-]+: ")  # "Draft: "
 _ANSWER = re.compile(
     r"^[ \t]*(?:[\w'-]+[ \t]+){0,2}(?:answer|draft|claim|statement)[ \t]*:[ \t]*(\S(?:.|\n(?![ \t]*\n))*)", re.I | re.M
@@ -214,6 +217,10 @@ def _find_question(text: str) -> tuple[str, str]:
 def _bare_paragraphs(text: str) -> tuple[list[Passage], str]:
     """The paragraphs long enough to hold an answer, for prompts that number no passages, and the others."""
     found, others = [], _CUE_LINE.findall(text)
+    context = _CONTEXT_CUE.search(text)
+    if context:  # what stands before it is the role and the task
+        others.append(text[: context.start()])
+        text = text[context.end() :]
     for paragraph in re.split(r"\n[ \t]*\n", _CUE_LINE.sub("\n\n", text)):
         body = " ".join(paragraph.split())
         if len(body.split()) >= 8 and not body.endswith(":") and not _TASK.search(body):

@@ -189,6 +189,13 @@ def test_is_deterministic_and_independent_of_the_batch() -> None:
     assert [r.text for r in together if isinstance(r, Generation)] == [alone[i] for i in shuffled]
 
 
+def test_an_earlier_answer_can_be_the_context_and_keeps_its_marks() -> None:
+    facts = "Tuples are immutable sequences of items. [2]\n\nLists are sequences that can be changed in place. [1]"
+    prompt = f"You answer from the facts, and about sequences from nothing else.\n\nTask: Context:\n{facts}\n\n"
+    answer = say(prompt + "Question: Which sequences can be changed?\nANSWER:")
+    assert answer == "Lists are sequences that can be changed in place. [1]"
+
+
 # Other prompts
 
 
