@@ -2,13 +2,13 @@
 
     python benchmarks/overhead.py [--json FILE] [--repeat N] [--quick]
 
-Shapes: a chain of 100 nodes, a fan-out of 100, a loop of 100 turns. Microseconds a node: the median over interleaved rounds,
-with the quartiles. Then: how long compiling takes, up to 20,000 nodes; and 64 programs at once whose 5 nodes each wait
-5 ms on an async tool. Peers that are not installed are left out and named. One core, nothing else running.
+Shapes: a chain of 100 nodes, a fan-out of 100, a loop of 100 turns. Microseconds a node: the median over interleaved
+rounds, with the quartiles. Then: how long compiling takes, up to 20,000 nodes; and 64 programs at once whose 5 nodes
+each wait 5 ms on an async tool. Peers that are not installed are left out and named. One core, nothing else running.
 
-"flowc" is the default level: plain Python calls, fused. "flowc, unfused" are the same nodes as tools, a scheduler turn each (a tool
-that declares nothing is ordered like any Python). Nodes of the fan-out get different arguments, or flowc would call one of them once.
-"flowc, async body" is the very function of the asyncio column under the decorator.
+"flowc" is the default level: plain Python calls, fused. "flowc, unfused" are the same nodes as tools, a scheduler turn
+each (a tool that declares nothing is ordered like any Python). Nodes of the fan-out get different arguments, or flowc
+would call one of them once. "flowc, async body" is the very function of the asyncio column under the decorator.
 """
 
 from __future__ import annotations
@@ -80,16 +80,20 @@ ASYNC_STEP = "async def step(x):\n    return x\n"
 def flowc_runs(loop: asyncio.AbstractEventLoop) -> dict[str, dict[str, Run]]:
     head = "import asyncio\nfrom flowc import tool, workflow\n"
     fused = module("bench_fused", bodies(head + SYNC_STEP, "@workflow", "step", False))
-    tools = module("bench_tools", bodies(head + '@tool\n' + SYNC_STEP, "@workflow", "step", False))
+    tools = module("bench_tools", bodies(head + "@tool\n" + SYNC_STEP, "@workflow", "step", False))
     body = module("bench_async", bodies(head + ASYNC_STEP, "@workflow", "step", True))
 
     def awaited(wf: Any) -> Run:
         return lambda: loop.run_until_complete(wf(1))
 
     found: dict[str, dict[str, Run]] = {"flowc": {}, "flowc, unfused": {}, "flowc, async body": {}}
+
+    def called(wf: Any) -> Run:
+        return lambda: wf(1)
+
     for shape in ("chain", "fan_out", "loop"):
-        found["flowc"][shape] = lambda f=getattr(fused, shape): f(1)
-        found["flowc, unfused"][shape] = lambda f=getattr(tools, shape): f(1)
+        found["flowc"][shape] = called(getattr(fused, shape))
+        found["flowc, unfused"][shape] = called(getattr(tools, shape))
         found["flowc, async body"][shape] = awaited(getattr(body, shape))
     return found
 
@@ -155,25 +159,53 @@ def burr_runs() -> dict[str, Run]:
 
     def chain() -> Any:
         transitions = [(f"n{i}", f"n{i + 1}", default) for i in range(N - 1)]
-        app = ApplicationBuilder().with_actions(*nodes).with_transitions(*transitions).with_state(x=0).with_entrypoint("n0").build()
+        app = (
+            ApplicationBuilder()
+            .with_actions(*nodes)
+            .with_transitions(*transitions)
+            .with_state(x=0)
+            .with_entrypoint("n0")
+            .build()
+        )
         return app.run(halt_after=[f"n{N - 1}"])
 
     def loop() -> Any:
         one = make("n")
         end = make("end")
         transitions = [("n", "n", expr(f"x < {N}")), ("n", "end", default)]
-        app = ApplicationBuilder().with_actions(one, end).with_transitions(*transitions).with_state(x=0).with_entrypoint("n").build()
+        app = (
+            ApplicationBuilder()
+            .with_actions(one, end)
+            .with_transitions(*transitions)
+            .with_state(x=0)
+            .with_entrypoint("n")
+            .build()
+        )
         return app.run(halt_after=["end"])
 
     def build_only() -> Any:
         transitions = [(f"n{i}", f"n{i + 1}", default) for i in range(N - 1)]
-        return ApplicationBuilder().with_actions(*nodes).with_transitions(*transitions).with_state(x=0).with_entrypoint("n0").build()
+        return (
+            ApplicationBuilder()
+            .with_actions(*nodes)
+            .with_transitions(*transitions)
+            .with_state(x=0)
+            .with_entrypoint("n0")
+            .build()
+        )
 
     def build_loop() -> Any:
         transitions = [("n", "n", expr(f"x < {N}")), ("n", "end", default)]
-        return ApplicationBuilder().with_actions(make("n"), make("end")).with_transitions(*transitions).with_state(x=0).with_entrypoint("n").build()
+        return (
+            ApplicationBuilder()
+            .with_actions(make("n"), make("end"))
+            .with_transitions(*transitions)
+            .with_state(x=0)
+            .with_entrypoint("n")
+            .build()
+        )
 
-    # An application is used up by a run, so a round builds and runs one; what building costs is measured apart and taken off.
+    # An application is used up by a run, so a round builds and runs one; what building costs is taken off.
     return {"chain": _less(chain, build_only), "loop": _less(loop, build_loop)}
 
 
@@ -190,10 +222,15 @@ class _less:
 def hamilton_runs() -> dict[str, Run]:
     from hamilton import base, driver
 
-    chain_source = "def n0(x: int) -> int:\n    return x\n" + "".join(f"def n{i}(n{i - 1}: int) -> int:\n    return n{i - 1}\n" for i in range(1, N))
+    chain_source = "def n0(x: int) -> int:\n    return x\n" + "".join(
+        f"def n{i}(n{i - 1}: int) -> int:\n    return n{i - 1}\n" for i in range(1, N)
+    )
     fan_source = "".join(f"def n{i}(x: int) -> int:\n    return x\n" for i in range(N))
     made = {}
-    for shape, source, outputs in (("chain", chain_source, [f"n{N - 1}"]), ("fan_out", fan_source, [f"n{i}" for i in range(N)])):
+    for shape, source, outputs in (
+        ("chain", chain_source, [f"n{N - 1}"]),
+        ("fan_out", fan_source, [f"n{i}" for i in range(N)]),
+    ):
         d = driver.Driver({}, module(f"bench_hamilton_{shape}", source), adapter=base.DefaultAdapter())
         made[shape] = lambda d=d, outputs=outputs: d.execute(outputs, inputs={"x": 1})
     return made
@@ -220,7 +257,11 @@ def overhead(rounds: int, repeat: int) -> dict[str, dict[str, Any]]:
     loop = asyncio.new_event_loop()
     contenders: dict[str, dict[str, Run]] = {**flowc_runs(loop), "asyncio by hand": asyncio_runs(loop)}
     missing = []
-    for name, package, make in (("LangGraph", "langgraph", langgraph_runs), ("Burr", "burr", burr_runs), ("Hamilton", "hamilton", hamilton_runs)):
+    for name, package, make in (
+        ("LangGraph", "langgraph", langgraph_runs),
+        ("Burr", "burr", burr_runs),
+        ("Hamilton", "hamilton", hamilton_runs),
+    ):
         if importlib.util.find_spec(package) is None:
             missing.append(name)
         else:
@@ -228,7 +269,7 @@ def overhead(rounds: int, repeat: int) -> dict[str, dict[str, Any]]:
     if missing:
         print(f"not installed, left out: {', '.join(missing)}", file=sys.stderr)
     samples: dict[tuple[str, str], list[float]] = {}
-    for name, shapes in contenders.items():
+    for shapes in contenders.values():
         for run in shapes.values():
             for _ in range(3):
                 run()  # warm: compiled, caches filled
@@ -259,7 +300,10 @@ def compile_times(sizes: list[int]) -> list[dict[str, Any]]:
                 f"    n{i} = len(d{i})",
                 f'    x = llm.generate(f"{{d{i}}} {{n{i}}} {{q{i}}}", max_tokens=8)',
             ]
-        text = "from flowc import LLM, Index, workflow\ndocs = Index('d')\nllm = LLM()\n@workflow\ndef big(x: str) -> str:\n" + "\n".join(lines) + "\n    return x\n"
+        text = (
+            "from flowc import LLM, Index, workflow\ndocs = Index('d')\nllm = LLM()\n"
+            "@workflow\ndef big(x: str) -> str:\n" + "\n".join(lines) + "\n    return x\n"
+        )
         times, nodes = [], 0
         for turn in range(5 if size <= 2000 else 2):
             wf = module(f"bench_compile_{size}_{turn}", text).big
@@ -271,16 +315,31 @@ def compile_times(sizes: list[int]) -> list[dict[str, Any]]:
             times.append((time.perf_counter() - start, captured))
             nodes = sum(1 for _ in compiled.compilation.captured.body.ops)
         total, captured = statistics.median(t for t, _ in times), statistics.median(c for _, c in times)
-        found.append({"statements": size, "nodes": nodes, "seconds": total, "capture_s": captured, "us_per_node": total / nodes * 1e6})
+        found.append(
+            {
+                "statements": size,
+                "nodes": nodes,
+                "seconds": total,
+                "capture_s": captured,
+                "us_per_node": total / nodes * 1e6,
+            }
+        )
     return found
 
 
 def concurrency(rounds: int) -> dict[str, Any]:
     """64 programs of five nodes that each wait 5 ms on an async tool: wall time over the ideal 25 ms."""
     programs, nodes, wait_s = 64, 5, 0.005
-    head = f"import asyncio\nfrom flowc import tool, workflow\n@tool(reads=())\nasync def wait(x: int) -> int:\n    await asyncio.sleep({wait_s})\n    return x\n"
+    head = (
+        "import asyncio\nfrom flowc import tool, workflow\n"
+        f"@tool(reads=())\nasync def wait(x: int) -> int:\n    await asyncio.sleep({wait_s})\n    return x\n"
+    )
     body = "".join("    x = await wait(x)\n" for _ in range(nodes))
-    made = module("bench_wait", f"{head}@workflow\nasync def program(x: int) -> int:\n{body}    return x\nasync def plain(x):\n{body.replace('wait(x)', 'wait.fn(x)')}    return x\n")
+    made = module(
+        "bench_wait",
+        f"{head}@workflow\nasync def program(x: int) -> int:\n{body}    return x\n"
+        f"async def plain(x):\n{body.replace('wait(x)', 'wait.fn(x)')}    return x\n",
+    )
     ideal = nodes * wait_s
 
     async def by_hand() -> Any:
@@ -323,7 +382,11 @@ def concurrency(rounds: int) -> dict[str, Any]:
         for name, run in contenders.items():
             samples[name] += measure(run, 1)
     return {
-        name: {"seconds": statistics.median(t), "over_ideal": statistics.median(t) / ideal, "best_over_ideal": min(t) / ideal}
+        name: {
+            "seconds": statistics.median(t),
+            "over_ideal": statistics.median(t) / ideal,
+            "best_over_ideal": min(t) / ideal,
+        }
         for name, t in samples.items()
     }
 
@@ -342,7 +405,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--repeat", type=int, default=60, help="runs a round of each flowc and asyncio shape; a twentieth for the slow peers")
+    parser.add_argument(
+        "--repeat",
+        type=int,
+        default=60,
+        help="runs a round of each flowc and asyncio shape; a twentieth for the slow peers",
+    )
     parser.add_argument("--quick", action="store_true", help="few rounds, small compiles")
     args = parser.parse_args()
     rounds, repeat = (3, 20) if args.quick else (args.rounds, args.repeat)
@@ -360,7 +428,10 @@ def main() -> None:
         print(f"{name:42}" + "".join(f"{c:>22}" for c in cells))
     print("\ncompile to a plan at -O2")
     for row in report["compile"]:
-        print(f"  {row['nodes']:>6} nodes {row['seconds'] * 1e3:9.0f} ms ({row['capture_s'] * 1e3:.0f} ms of it capture), {row['us_per_node']:.0f} us a node")
+        print(
+            f"  {row['nodes']:>6} nodes {row['seconds'] * 1e3:9.0f} ms ({row['capture_s'] * 1e3:.0f} ms of it capture), "
+            f"{row['us_per_node']:.0f} us a node"
+        )
     print("\n64 programs x 5 waits of 5 ms, over the ideal 25 ms: median (best)")
     for name, row in report["concurrency"].items():
         print(f"  {name:24}{row['over_ideal']:.2f} ({row['best_over_ideal']:.2f})")

@@ -9,8 +9,7 @@ llm = LLM("default")
 @workflow
 def answer_part(question: str) -> str:
     passages = docs.search(question, k=3)
-    text = llm.generate(f"Context:\n{passages}\n\nQuestion: {question}\nAnswer:", max_tokens=64)
-    return f"{question} {text}"
+    return llm.generate(f"Context:\n{passages}\n\nQuestion: {question}\nAnswer:", max_tokens=64)
 
 
 @workflow

@@ -1,8 +1,8 @@
 """`flowc demo`: the index of the bundled documents, a few answers with their sources, and the plan as a picture.
 
-The passages are the Python documentation (data/pydocs, PSF-2.0). Their embeddings are shipped, so that building the index
-takes seconds; questions are embedded live. Answers come from the bundled extractive reader, which copies sentences: it is
-no language model. Put `[llm.default]` into flowc.toml to answer with one.
+The passages are the Python documentation (data/pydocs, PSF-2.0). Their embeddings are shipped, so that building the
+index takes seconds; questions are embedded live. Answers come from the bundled extractive reader, which copies
+sentences: it is no language model. Put `[llm.default]` into flowc.toml to answer with one.
 """
 
 from __future__ import annotations

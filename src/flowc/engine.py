@@ -68,7 +68,8 @@ class BoundResources:
             raise ResourceError(
                 f"no model is called {name!r}",
                 code="F064",
-                hint=f'say what it is in flowc.toml ([llm.{name}] backend = "hf", model = "path/to/model"), or call flowc.bind(llm={{{name!r}: ...}})',
+                hint=f'say what it is in flowc.toml ([llm.{name}] model = "path/to/model"), '
+                f"or call flowc.bind(llm={{{name!r}: ...}})",
             )
 
         return self._get("llm", name, make)
@@ -83,7 +84,8 @@ class BoundResources:
                 raise ResourceError(
                     f"no index is called {name!r}",
                     code="F061",
-                    hint=f'build one with `flowc index build FOLDER -o {path}`, or say where it is in flowc.toml ([index.{name}] path = "...")',
+                    hint=f"build one with `flowc index build FOLDER -o {path}`, "
+                    f'or say where it is in flowc.toml ([index.{name}] path = "...")',
                 )
             spec = section.embedder if section is not None else None
             nprobe = section.nprobe if section is not None else None
@@ -156,14 +158,14 @@ class CompiledGraph:
         self.compilation = compilation
         self.plan: Plan = build_plan(compilation.graph)
 
+    def _limit(self, timeout_s: float | None) -> float | None:
+        return timeout_s if timeout_s is not None else self.engine.config.run.timeout
+
     def run(self, args: tuple[Any, ...], *, timeout_s: float | None = None) -> Any:
-        return self.engine.runtime.run(
-            self.plan, args, timeout_s=timeout_s if timeout_s is not None else self.engine.config.run.timeout
-        )
+        return self.engine.runtime.run(self.plan, args, timeout_s=self._limit(timeout_s))
 
     async def run_async(self, args: tuple[Any, ...], *, timeout_s: float | None = None) -> Any:
-        limit = timeout_s if timeout_s is not None else self.engine.config.run.timeout
-        return await self.engine.runtime.run_async(self.plan, args, timeout_s=limit)
+        return await self.engine.runtime.run_async(self.plan, args, timeout_s=self._limit(timeout_s))
 
     def stream(self, args: tuple[Any, ...]) -> Iterator[str]:
         return self.engine.runtime.stream(self.plan, args)
@@ -182,7 +184,6 @@ class CompiledGraph:
         label: str = "",
         trace: Any = None,
     ) -> MapResult[Any]:
-        run = self.engine.config.run
         shown = sys.stderr.isatty() and len(rows) > 1 if progress is None else progress
         with _bar(len(rows), label) if shown else nullcontext(None) as advance:
 
@@ -193,9 +194,13 @@ class CompiledGraph:
                     on_done(index, outcome)
 
             outcomes = self.engine.runtime.map(
-                self.plan, rows, concurrency=concurrency or run.concurrency, timeout_s=timeout_s if timeout_s is not None else run.timeout,
-                on_done=done, trace=trace,
-            )  # fmt: skip
+                self.plan,
+                rows,
+                concurrency=concurrency or self.engine.config.run.concurrency,
+                timeout_s=self._limit(timeout_s),
+                on_done=done,
+                trace=trace,
+            )
         return MapResult(outcomes)
 
     async def amap(
@@ -206,10 +211,13 @@ class CompiledGraph:
         timeout_s: float | None = None,
         on_done: Callable[[int, Any], None] | None = None,
     ) -> MapResult[Any]:
-        run = self.engine.config.run
         outcomes = await self.engine.runtime.map_async(
-            self.plan, rows, concurrency=concurrency or run.concurrency, timeout_s=timeout_s if timeout_s is not None else run.timeout, on_done=on_done
-        )  # fmt: skip
+            self.plan,
+            rows,
+            concurrency=concurrency or self.engine.config.run.concurrency,
+            timeout_s=self._limit(timeout_s),
+            on_done=on_done,
+        )
         return MapResult(outcomes)
 
     def explain(self) -> str:
