@@ -6,6 +6,7 @@ truthfully: what a `py` says of its reads, writes and errors is so.
 
 from __future__ import annotations
 
+import asyncio
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from flowc.ir.effects import order_edges
 from flowc.ir.errors import Loc
 from flowc.ir.types import ANY, BOOL, INT, NEVER, RANGE, TEXT, Type, list_of, sequence_of, tuple_of
 from flowc.ir.values import Doc, Docs
-from flowc.runtime.protocols import GenerateRequest, Generation, SearchRequest
+from flowc.runtime.protocols import ChooseRequest, GenerateRequest, Generation, SearchRequest
 from flowc.runtime.reference import _Interpreter
 
 FILE = "program.py"
@@ -46,6 +47,9 @@ class Backend:
             else Generation(f"g{mix(r.prompt) % 89}")
             for r in requests
         ]
+
+    def choose(self, requests: Sequence[ChooseRequest]) -> list[int | Exception]:
+        return [mix(r.prompt) % len(r.options) for r in requests]
 
     def search(self, requests: Sequence[SearchRequest]) -> list[Docs | Exception]:
         return [
@@ -223,7 +227,13 @@ class Maker:
                 )
 
     def opaque(self) -> None:
-        match self.rng.randrange(4):
+        match self.rng.randrange(5):
+            case 4:
+                self.keep(
+                    *self.b.py(
+                        "await later(a)", self.some(TEXT), params=["a"], types=[INT], reads=("py",), is_async=True
+                    )
+                )
             case 0:
                 self.keep(*self.b.py("log(a)", self.some(TEXT), params=["a"], types=[INT], reads=("py",)))
             case 1:
@@ -242,7 +252,10 @@ class Maker:
         raise AssertionError("replaced")
 
     def resource(self) -> None:
-        match self.rng.randrange(5):
+        match self.rng.randrange(6):
+            case 5:
+                (options,) = self.pure("['yes', 'no']", names="", types=[LIST])
+                self.keep(self.b.choose("llm", self.some(TEXT), options))
             case 0 | 1:
                 self.keep(self.b.generate("llm", self.some(TEXT), max_tokens=self.rng.choice([4, 8])))
             case 2:
@@ -443,7 +456,11 @@ def make(rng: random.Random, size: int = 8) -> Program:
             raise RuntimeError("too long")  # a loop over a list that grows meanwhile has no other end
         items.append(text)
 
-    names = {"log": write, "push": push, "count": lambda: len(log), "kinds": (ValueError, LookupError)}
+    async def later(text: str) -> int:
+        await asyncio.sleep(0)
+        return write(text)
+
+    names = {"log": write, "push": push, "later": later, "count": lambda: len(log), "kinds": (ValueError, LookupError)}
     inner = Maker(rng, name="inner", first_line=1000)
     callee = inner.graph(rng.randrange(1, 4))
     maker = Maker(rng)
