@@ -75,6 +75,8 @@ def described_error(error: BaseException, filename: str) -> Any:
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == filename]
     cause = error.__cause__
     inner = [described_error(e, filename)[:2] for e in error.exceptions] if isinstance(error, BaseExceptionGroup) else None
+    if isinstance(error, UnboundLocalError) and sys.version_info < (3, 12):
+        lines = []  # CPython 3.11's STORE_FAST__LOAD_FAST, once warm, blames the line of the store
     message = error.message if isinstance(error, FlowcError) else str(error)
     return (
         type(error).__name__, clean_text(message), lines[-1] if lines else None, inner,

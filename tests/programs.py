@@ -876,7 +876,7 @@ class Writer:
     def _task(self) -> None:
         """A task; between its start and its end nothing that asyncio might run before it."""
         task, name = self.fresh("task"), self.target()
-        self.put(f"{task} = asyncio.create_task({self.pick('aget', 'llm.generate')}({self.e(STR, 1)}))")
+        self.put(f"{task} = asyncio.create_task(aget({self.e(STR, 1)}))")
         if self.p(0.5):
             other = self.target()
             self.put(f"{other} = {self.literal(INT)}")

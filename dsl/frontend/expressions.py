@@ -5,16 +5,17 @@ from __future__ import annotations
 import ast
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flowc.ir.core import Value
-from flowc.ir.types import ANY, BOOL, INT, TEXT, Type, is_immutable, item_type, list_of, sequence_of, tuple_of
+from flowc.ir.types import ANY, BOOL, INT, TEXT, Type, is_immutable, item_type, join, list_of, sequence_of, tuple_of
 
 from .liveness import binds
 from .names import MISSING
 from .purity import PURE, WRITES, Analyzer, Info, awaits, free_names, may_hold_lists
 from .source import synthetic
-from .state import State
+from .state import NO_FACT, Fact, State, either
 
 if TYPE_CHECKING:
     from flowc.ir.core import Attr
@@ -98,15 +99,47 @@ class Expressions(State):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and (parts := self._text_parts(node)):
             with self.at(node):
                 return self.template(parts, node, hint)
+        if binding and not self.has_op(node):
+            with self.at(node):
+                return self._py_binding(node, hint)
         conditional = isinstance(node, (ast.IfExp, ast.BoolOp)) or (isinstance(node, ast.Compare) and len(node.ops) > 1)
-        if conditional and (self.has_op(node) or binding):
+        if conditional and self.has_op(node):
             with self.at(node):
                 return self._conditional(node, hint)
-        if not self.has_op(node) and not binding:
+        if not self.has_op(node):
             with self.at(node):
                 return self.py_expr(node, hint)
         with self.at(node):
             return self._compound(node, hint)
+
+    def _py_binding(self, node: ast.expr, hint: str) -> Value:
+        """An expression without operations that binds variables with `:=`: one `py` operation that gives them too."""
+        bound = sorted(n for n in binds(node) if n in self.locals)
+        definite = _surely_binds(node)
+        read = [n for n in free_names(node) if n in self.locals]
+        a = self.analyzer()
+        env: dict[str, Info] = {}
+        with a.scope(env):
+            info = a.expr(node)
+        self.settle(a)
+        if any(n not in definite and n in read for n in bound):  # which of two values is read is not known
+            info, env = Info(ANY, WRITES, True, is_async=info.is_async), {}
+        inputs = [
+            (n, self.outgoing(n)) for n in dict.fromkeys([*read, *bound]) if n in read or n not in definite
+        ]
+        given = dict(inputs)
+        kept = [n for n in read if n not in bound and self.is_maybe_unbound(n)]
+        result = next(n for n in ("value", "value_", "_value") if n not in given and n not in bound)
+        outs: list[tuple[str, Type]] = [(result, info.type)]
+        for n in (*bound, *kept):
+            t = env[n].type if n in env else ANY
+            outs.append((n, t if n in definite else join(t, given[n].type)))
+        value, *rest = self.py(f"{result} = {self.text(node)}", inputs, replace(info, raises=True), outs=outs)
+        for n, v in zip((*bound, *kept), rest, strict=True):
+            before = self.fact(given[n]) if n in given and n not in definite else NO_FACT
+            found = Fact(env[n].sites if n in env else frozenset(), False, a.trusts)
+            self.assign(n, self.know_fact(v, either(found, before)))
+        return self.know(value, sites=info.sites, is_declared=a.trusts or self.fact(value).is_declared)
 
     def _await(self, node: ast.Await, hint: str) -> Value:
         inner = node.value
@@ -589,6 +622,25 @@ def _cut(cuts: dict[ast.expr, str], old: ast.expr, new: ast.expr) -> None:
             cuts[old] = new.id
     elif isinstance(new, ast.Attribute) and isinstance(old, ast.Attribute):
         _cut(cuts, old.value, new.value)
+
+
+def _surely_binds(node: ast.AST) -> set[str]:
+    """Variables that evaluating an expression surely binds with `:=`."""
+    match node:
+        case ast.NamedExpr():
+            return {node.target.id} | _surely_binds(node.value)
+        case ast.IfExp():
+            return _surely_binds(node.test) | (_surely_binds(node.body) & _surely_binds(node.orelse))
+        case ast.BoolOp():
+            return _surely_binds(node.values[0])
+        case ast.Compare():
+            return _surely_binds(node.left) | _surely_binds(node.comparators[0])
+        case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
+            return _surely_binds(node.generators[0].iter)
+        case ast.Lambda():
+            return set()
+        case _:
+            return {n for child in ast.iter_child_nodes(node) for n in _surely_binds(child)}
 
 
 def _fresh_names(value: Value) -> Any:

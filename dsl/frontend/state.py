@@ -86,14 +86,21 @@ class State:
         loc = self.src.loc(node)
         raise CaptureError(message, code=code, loc=loc, hint=hint, source=self.src.line(loc.line))
 
+    def fail_here(self, code: str, message: str, hint: str) -> NoReturn:
+        """As `fail`, at the source of the operation that is being built."""
+        loc = self.builder.loc
+        raise CaptureError(message, code=code, loc=loc, hint=hint, source=self.src.line(loc.line) if loc else None)
+
     # -- facts
     def fact(self, value: Value) -> Fact:
         return self.facts.get(value.name, NO_FACT)
 
     def know(self, value: Value, **facts: Any) -> Value:
-        known = Fact(**facts)
-        if known != NO_FACT:
-            self.facts[value.name] = known
+        return self.know_fact(value, Fact(**facts))
+
+    def know_fact(self, value: Value, fact: Fact) -> Value:
+        if fact != NO_FACT:
+            self.facts[value.name] = fact
         return value
 
     def merged(self, value: Value, parts: Sequence[Value]) -> Value:
@@ -101,15 +108,9 @@ class State:
         facts = [self.fact(p) for p in parts]
         for p, f in zip(parts, facts, strict=True):
             if f.is_task:
-                raise CaptureError(
-                    f"a task that is not awaited (`{p.name}`) reaches the end of a branch or loop",
-                    code="F016",
-                    hint="await it where it was made",
-                )
-        known = reduce(either, facts, NO_FACT)
-        if known != NO_FACT:
-            self.facts[value.name] = known
-        return value
+                name = p.name.partition(".")[0]
+                self.fail_here("F016", f"the task `{name}` leaves a branch or loop without being awaited", f"write `await {name}` there")
+        return self.know_fact(value, reduce(either, facts, NO_FACT))
 
     # -- variables
     def read(self, name: str) -> Value:
@@ -236,12 +237,7 @@ class State:
         """A `py` operation over named inputs, with the effects that the analysis found."""
         for name, value in inputs:
             if self.fact(value).is_task:
-                raise CaptureError(
-                    f"`{name}` is a coroutine or task that is not awaited here",
-                    code="F016",
-                    loc=self.builder.loc,
-                    hint=f"write `await {name}`",
-                )
+                self.fail_here("F016", f"`{name}` is a coroutine or task that is not awaited here", f"write `await {name}`")
         results = [(hint, info.type)] if outs is None else list(outs)
         is_declared = any(self.fact(v).is_declared for _, v in inputs)
         attrs: dict[str, Attr] = {
