@@ -429,8 +429,8 @@ def main() -> None:
     print("\ncompile to a plan at -O2")
     for row in report["compile"]:
         print(
-            f"  {row['nodes']:>6} nodes {row['seconds'] * 1e3:9.0f} ms ({row['capture_s'] * 1e3:.0f} ms of it capture), "
-            f"{row['us_per_node']:.0f} us a node"
+            f"  {row['nodes']:>6} nodes {row['seconds'] * 1e3:9.0f} ms "
+            f"({row['capture_s'] * 1e3:.0f} ms of it capture), {row['us_per_node']:.0f} us a node"
         )
     print("\n64 programs x 5 waits of 5 ms, over the ideal 25 ms: median (best)")
     for name, row in report["concurrency"].items():

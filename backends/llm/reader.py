@@ -223,7 +223,8 @@ def _bare_paragraphs(text: str) -> tuple[list[Passage], str]:
         text = text[context.end() :]
     for paragraph in re.split(r"\n[ \t]*\n", _CUE_LINE.sub("\n\n", text)):
         body = " ".join(paragraph.split())
-        if len(body.split()) >= 8 and not body.endswith(":") and not _TASK.search(body):
+        is_task = context is None and _TASK.search(body)  # a context may well speak of keywords
+        if len(body.split()) >= 8 and not body.endswith(":") and not is_task:
             found.append(Passage("", "", _SHORT_LABEL.sub("", body)))
         else:
             others.append(body)

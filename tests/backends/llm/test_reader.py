@@ -377,3 +377,9 @@ def test_quality_on_the_python_faq(root: Path) -> None:
     assert quoted / asked >= 0.65
     assert quoted > first, "the words of the question should find more than the retriever's order alone"
     assert sourced >= 0.95 * asked
+
+
+def test_a_context_may_speak_of_keywords() -> None:
+    fact = "To check whether a single key is in the dictionary, use the in keyword. [1]"
+    text = say(f"Context:\n{fact}\n\nQuestion: How do I check for a key in a dictionary?\nAnswer:")
+    assert "use the in keyword" in text
