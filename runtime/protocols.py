@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from flowc.ir.values import Docs
 
@@ -50,12 +50,35 @@ class ChooseRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Bounded:
+    """Stops a search early where its result would still change for at most a share `eps` of queries.
+
+    That share was measured when the index was built, on queries that the index describes; where it was not measured
+    (an `eps` too small for the sample, a larger k or nprobe), the search runs to its end.
+    """
+
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Stops a search after so many lists, or so many seconds after it began; one list is scanned in any case."""
+
+    lists: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SearchRequest:
-    """The `k` passages nearest to `query`; `nprobe` None takes the index's own."""
+    """The `k` passages nearest to `query`; `nprobe` None takes the index's own.
+
+    `stop` None is the exact search of the probed lists. `Bounded` and `Budget` may change the result.
+    """
 
     query: str
     k: int = 4
     nprobe: int | None = None
+    stop: Bounded | Budget | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +146,79 @@ class Retriever(Protocol):
     def search(self, requests: Sequence[SearchRequest]) -> Sequence[Docs | Exception]: ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ScanBudget:
+    """How much one `scan` may do, for all of its searches together; what is None is no limit.
+
+    `units` and `codes` (vectors or postings) count work, `seconds` is wall time, looked at between groups of units.
+    """
+
+    units: int | None = None
+    codes: int | None = None
+    seconds: float | None = None
+
+
+class ElasticSearch(Protocol):
+    """A search under way. It is the caller's: it may lie idle, move to another batch or be dropped at any time."""
+
+    @property
+    def units(self) -> int:
+        """How many pieces the search has, numbered in the order in which they are best run. At least one."""
+        ...
+
+    @property
+    def costs(self) -> Sequence[int] | npt.NDArray[np.int64]:
+        """What each unit costs, in codes."""
+        ...
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to run: every unit was, or a stopping rule holds, or it was cancelled."""
+        ...
+
+    def remaining(self) -> Sequence[int] | npt.NDArray[np.int64]:
+        """The units not run yet, in order; none once `done`."""
+        ...
+
+    def cancel(self) -> None:
+        """Ends the search before its next unit. May be called from any thread."""
+        ...
+
+
+S = TypeVar("S", bound=ElasticSearch)
+
+
+@runtime_checkable
+class ElasticRetriever(Retriever, Protocol[S]):
+    """An index whose searches run a bounded step at a time: plan, units, run and merge, stop.
+
+    `search(requests)` gives what `begin`, then any sequence of `run` and `scan` that ends with every search done, then
+    `finish` give, bit for bit, however units were split, ordered and mixed with those of other searches (only searches
+    with a `stop` depend on the steps). An engine that cannot be interrupted has searches of one unit. Searches may
+    run on several threads, each search on one at a time.
+    """
+
+    def begin(self, requests: Sequence[SearchRequest]) -> Sequence[S | Exception]:
+        """A planned search, or the reason why there is none, for each request."""
+        ...
+
+    def run(self, work: Sequence[tuple[S, Sequence[int] | npt.NDArray[np.int64]]]) -> None:
+        """Runs these units and merges what they find into their searches. Units that were run before are left out."""
+        ...
+
+    def scan(self, searches: Sequence[S], budget: ScanBudget | None = None) -> None:
+        """Runs units in the best order until every search is done or the budget is spent."""
+        ...
+
+    def partial(self, search: S) -> Docs:
+        """The exact result over the units run so far."""
+        ...
+
+    def finish(self, search: S) -> Docs:
+        """The result; runs what is left. Raises `concurrent.futures.CancelledError` if the search was cancelled."""
+        ...
 
 
 @runtime_checkable

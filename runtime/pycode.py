@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import ast
 import builtins
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import CellType, CodeType, FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 from flowc.ir.core import Op, Region, Scope, Value, free_values
 from flowc.ir.errors import CompileError, Loc, LoopLimitError
 from flowc.ir.values import UNDEF
 
 Fn = Callable[..., Any]
+Tree = TypeVar("Tree", bound=ast.AST)
 ScopeOf = Callable[[Op], Scope]
 
 _CACHE_MAX = 20_000
@@ -93,27 +94,40 @@ def _call(function: ast.expr, *args: ast.expr) -> ast.Call:
     return ast.Call(function, list(args), [])
 
 
-def _arguments(names: Iterable[str]) -> ast.arguments:
-    return ast.arguments(posonlyargs=[], args=[ast.arg(n) for n in names], kwonlyargs=[], kw_defaults=[], defaults=[])
+def _arguments(names: Iterable[str], where: dict[str, Any]) -> ast.arguments:
+    args = [ast.arg(n, **where) for n in names]
+    return ast.arguments(posonlyargs=[], args=args, kwonlyargs=[], kw_defaults=[], defaults=[])
 
 
-def _place(nodes: Iterable[ast.AST], line: int, col: int, end_col: int) -> None:
-    """Moves syntax: line 1 becomes `line`; all columns become the op's own, or none where it spans several lines."""
-    stack = list(nodes)
+def _nodes(roots: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """Every node below the roots, in no particular order; a third of what `ast.walk` takes."""
+    stack = list(roots)
     while stack:
         node = stack.pop()
-        for name in node._fields:
-            child = getattr(node, name, None)
+        yield node
+        for child in node.__dict__.values():
             if type(child) is list:
                 stack += [c for c in child if isinstance(c, ast.AST)]
             elif isinstance(child, ast.AST):
                 stack.append(child)
+
+
+def _place(nodes: Iterable[ast.AST], line: int, col: int, end_col: int) -> None:
+    """Moves syntax: line 1 becomes `line`; all columns become the op's own, or none where it spans several lines."""
+    for node in _nodes(nodes):
         if node._attributes:
-            first = getattr(node, "lineno", 1) + line - 1
-            last = first + (getattr(node, "end_lineno", None) or 0) - getattr(node, "lineno", 0)
-            last = max(first, last)
-            node.lineno, node.end_lineno = first, last  # type: ignore[attr-defined]
-            node.col_offset, node.end_col_offset = col, end_col  # type: ignore[attr-defined]
+            own = node.__dict__
+            first = own.get("lineno", 1)
+            own["lineno"] = first + line - 1
+            own["end_lineno"] = max(first, own.get("end_lineno") or 0) + line - 1
+            own["col_offset"], own["end_col_offset"] = col, end_col
+
+
+def _fill(nodes: Iterable[ast.AST], line: int, col: int = -1, end_col: int = -1) -> None:
+    """Puts what has no place yet there."""
+    for node in _nodes(nodes):
+        if node._attributes and "lineno" not in node.__dict__:
+            node.__dict__.update(lineno=line, end_lineno=line, col_offset=col, end_col_offset=end_col)
 
 
 def _spot(loc: Loc | None, source: str = "") -> tuple[int, int, int]:
@@ -137,18 +151,18 @@ def _inner_code(
     body: list[ast.stmt], args: Iterable[str], outer: Iterable[str], scope: Scope, is_async: bool, line: int
 ) -> CodeType:
     """The code of `def <scope.function>(args): body`, with every name of `outer` that it uses as a free variable."""
+    where: dict[str, Any] = {"lineno": line, "end_lineno": line, "col_offset": -1, "end_col_offset": -1}
     kind = ast.AsyncFunctionDef if is_async else ast.FunctionDef
-    inner = kind(scope.function, _arguments(args), body or [ast.Pass()], [])
-    factory = ast.FunctionDef("%factory", _arguments(outer), [inner], [])
-    tree = ast.Module([factory], [])
-    for node in ast.walk(tree):  # what has no place yet stands at the first line
-        if node._attributes and not hasattr(node, "lineno"):
-            node.lineno = node.end_lineno = line  # type: ignore[attr-defined]
-            node.col_offset = node.end_col_offset = -1  # type: ignore[attr-defined]
-    module = compile(tree, scope.filename or "<flowc>", "exec", dont_inherit=True)
-    code = next(c for c in module.co_consts if isinstance(c, CodeType))
-    found = next(c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == scope.function)
-    return _renamed(found, f"%factory.<locals>.{scope.function}", scope.function)
+    function: ast.stmt = kind(scope.function, _arguments(args, where), body, [], **where)
+    enclosing = list(outer)
+    if enclosing:
+        function = ast.FunctionDef("%factory", _arguments(enclosing, where), [function], [], **where)
+    code = compile(ast.Module([function], []), scope.filename or "<flowc>", "exec", dont_inherit=True)
+    code = next(c for c in code.co_consts if isinstance(c, CodeType))
+    if not enclosing:
+        return code
+    code = next(c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == scope.function)
+    return _renamed(code, f"%factory.<locals>.{scope.function}", scope.function)
 
 
 def _renamed(code: CodeType, prefix: str, new: str) -> CodeType:
@@ -234,6 +248,7 @@ def _py_body(op: Op) -> list[ast.stmt]:
         names = _literal(outs)
         missing = ast.Return(_call(_load("%pick"), names, _call(_load("%locals"))))
         give = ast.Try([give], [ast.ExceptHandler(_load("%NameError"), None, [missing])], [], [])
+    _fill([*unbind, give], place[0])
     return [*unbind, *parsed, give]
 
 
@@ -263,7 +278,7 @@ def py_function(op: Op, scope: Scope) -> Fn:
     if cached is None:
         body = _py_body(op)
         params: tuple[str, ...] = attrs["params"]  # type: ignore[assignment]
-        outer = dict.fromkeys([*scope.cells, *_HELPERS])
+        outer = [*scope.cells] if attrs.get("outs") is None else [*scope.cells, *_HELPERS]
         code = _compile(lambda: _inner_code(body, params, outer, scope, is_async, line), loc, "a `py` operation")
         if len(_code_cache) >= _CACHE_MAX:
             _code_cache.clear()
@@ -445,19 +460,18 @@ _LOOKS_AT_FRAME = {"locals", "vars", "dir", "eval", "exec", "super", "globals", 
 _STRAIGHT = (ast.Assign, ast.AugAssign, ast.Expr, ast.Pass, ast.Raise, ast.Assert)
 
 
-class _Rename(ast.NodeTransformer):
-    def __init__(self, names: Mapping[str, str]) -> None:
-        self.names = names
-
-    def visit_Name(self, node: ast.Name) -> ast.Name:
-        new = self.names.get(node.id)
-        return node if new is None else ast.copy_location(ast.Name(new, node.ctx), node)
+def _rename(tree: Tree, names: Mapping[str, str]) -> Tree:
+    """The same tree, with variables renamed in place."""
+    for node in _nodes([tree]):
+        if type(node) is ast.Name:
+            node.id = names.get(node.id, node.id)
+    return tree
 
 
 def _is_inlinable(nodes: Sequence[ast.AST], names: set[str], cells: Mapping[str, CellType]) -> bool:
     """May the names be renamed here without looking at scopes?"""
     for root in nodes:
-        for node in ast.walk(root):
+        for node in _nodes([root]):
             if isinstance(node, _OWN_FRAME) or (isinstance(node, ast.Name) and node.id in _LOOKS_AT_FRAME):
                 return False
             if isinstance(node, ast.comprehension):
@@ -488,25 +502,9 @@ class _Fused:
         out: list[ast.stmt] = []
         for op in region.ops:
             statements = self.op(op)
-            for statement in statements:
-                if not hasattr(statement, "lineno"):  # inner regions and inlined text have been placed already
-                    self.place(statement, op)
+            _fill(statements, *_spot(op.loc))  # inner regions and inlined text have their places already
             out += statements
         return out
-
-    def place(self, statement: ast.stmt, op: Op) -> None:
-        line, col, end_col = _spot(op.loc)
-        if op.loc is None or not op.loc.line:
-            line = 0
-        stack: list[ast.AST] = [statement]
-        while stack:
-            node = stack.pop()
-            if hasattr(node, "lineno"):
-                continue
-            if node._attributes:
-                node.lineno = node.end_lineno = max(line, 1)  # type: ignore[attr-defined]
-                node.col_offset, node.end_col_offset = col, end_col  # type: ignore[attr-defined]
-            stack.extend(ast.iter_child_nodes(node))
 
     def op(self, op: Op) -> list[ast.stmt]:
         args = [_load(f"%{v.name}") for v in op.operands]
@@ -566,7 +564,7 @@ class _Fused:
             if outs is None:
                 tree = _parse(source, True, op.loc)
                 if _is_inlinable([tree], set(params), scope.cells):
-                    statement = _set(names[0], _Rename(operand).visit(tree))
+                    statement = _set(names[0], _rename(tree, operand))
                     _place([statement], *place)
                     return [statement]
             else:
@@ -617,7 +615,7 @@ class _Fused:
             mapping[name] = result.get(name, f"{stem}:{name}")
             if name in operand:
                 head.append(_set(mapping[name], _load(operand[name])))
-        renamed = [_Rename(mapping).visit(s) for s in body]
+        renamed = [_rename(s, mapping) for s in body]
         tail = [_set(new, _load(operand[name])) for name, new in result.items() if name not in assigned]
         return [*head, *renamed, *tail]
 
@@ -682,7 +680,7 @@ class _Fused:
         for text, region in zip(texts, handlers, strict=True):
             kind: ast.expr = _load("%BaseException")
             if text:
-                kind = _Rename(operand).visit(_parse(text, True, op.loc))
+                kind = _rename(_parse(text, True, op.loc), operand)
                 _place([kind], *_spot(op.loc))
             error = f"%{region.params[0].name}"
             taken: list[ast.stmt] = [
@@ -717,5 +715,6 @@ def fused_function(op: Op, scope: Scope, scope_of: ScopeOf, workflow: str) -> tu
     args = [f"%{v.name}" for v in free_values(region)]
     outer = dict.fromkeys([*scope.cells, *_HELPERS, *fused.extra])
     line = op.loc.line if op.loc is not None and op.loc.line else (first.line if first is not None else 1)
+    _fill(body[-1:], max(line, 1))
     make = lambda: _inner_code(body, args, outer, scope, fused.is_async, max(line, 1))  # noqa: E731
     return _function(_compile(make, op.loc, "a fused region"), scope, fused.extra), fused.is_async
