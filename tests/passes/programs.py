@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from flowc.ir.effects import order_edges
 from flowc.ir.errors import Loc
 from flowc.ir.types import ANY, BOOL, INT, NEVER, RANGE, TEXT, Type, list_of, sequence_of, tuple_of
 from flowc.ir.values import Doc, Docs
+from flowc.runtime.engine import Runtime
+from flowc.runtime.plan import build_plan
 from flowc.runtime.protocols import ChooseRequest, GenerateRequest, Generation, SearchRequest
 from flowc.runtime.reference import _Interpreter
 
@@ -77,6 +80,9 @@ class Resources:
     index = embedder = reranker = llm
 
 
+Execute = Callable[[Graph, Sequence[Any]], Any]
+
+
 @dataclass(frozen=True, slots=True)
 class Shown:
     """All that a run shows: what was written to each state; the value, with what is one object in it; or the error."""
@@ -97,14 +103,13 @@ class Program:
     log: list[str]  # the state "py"
     table: list[str]  # the state "db"
 
-    def run(self, graph: Graph, rng: random.Random | None = None) -> Shown:
-        """What the reference shows of the graph; with a source of randomness, what the adversary does."""
+    def run(self, graph: Graph, execute: Execute | None = None) -> Shown:
+        """What a run of the graph shows: in program order, or as `execute` does it."""
         self.log.clear()
         self.table.clear()
         shared = ["s0", "s1", "s2"]
         try:
-            runner = Reference(graph, Resources()) if rng is None else Adversary(graph, Resources(), rng)
-            value = runner.run(["question", 2, shared])
+            value = (execute or in_order)(graph, ["question", 2, shared])
         except Exception as error:
             message = re.sub(r" in workflow \w+", "", str(error))  # a loop that was inlined is in another one now
             return Shown(
@@ -546,6 +551,25 @@ class Adversary(Reference):
             for collected, more in zip(lists, found[i], strict=True):
                 collected += more
         return lists
+
+
+def in_order(graph: Graph, args: Sequence[Any]) -> Any:
+    return Reference(graph, Resources()).run(args)
+
+
+def in_any_order(rng: random.Random) -> Execute:
+    return lambda graph, args: Adversary(graph, Resources(), rng).run(args)
+
+
+def planned(graph: Graph, args: Sequence[Any]) -> Any:
+    """By the runtime; the line of an error is the last one of the program in its traceback."""
+    with Runtime(Resources()) as runtime:
+        try:
+            return runtime.run(build_plan(graph), args)
+        except Exception as error:
+            lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == FILE]
+            error.op_line = lines[-1] if lines else 0  # type: ignore[attr-defined]
+            raise
 
 
 def _used(op: Op) -> set[str]:
