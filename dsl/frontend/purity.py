@@ -17,6 +17,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -337,7 +338,7 @@ class Analyzer:
         return replace(defaults, type=ANY, sites=frozenset())
 
     def _capture(self, node: ast.AST) -> None:
-        for name in free_names(node):
+        for name in _held_names(node):
             if any(name in s for s in self._scopes):
                 continue
             info = self.lookup(name)
@@ -788,6 +789,28 @@ def awaits(node: ast.AST) -> bool:
 def free_names(node: ast.AST) -> list[str]:
     """Names that an expression or nested definition reads from outside itself, in order of appearance."""
     return list(reads_in_order(node))
+
+
+def _held_names(node: ast.AST) -> list[str]:
+    """Variables that a lambda, generator or nested definition reads later, when it runs; its defaults are read at once."""
+    match node:
+        case ast.GeneratorExp():
+            first = ast.comprehension(node.generators[0].target, ast.Constant(()), node.generators[0].ifs, 0)
+            return free_names(ast.GeneratorExp(node.elt, [first, *node.generators[1:]]))
+        case ast.Lambda():
+            return free_names(ast.Lambda(_without_defaults(node.args), node.body))
+        case ast.FunctionDef() | ast.AsyncFunctionDef():
+            bare = copy(node)
+            bare.decorator_list, bare.args, bare.returns = [], _without_defaults(node.args), None
+            return free_names(bare)
+        case _:
+            return free_names(node)
+
+
+def _without_defaults(args: ast.arguments) -> ast.arguments:
+    bare = copy(args)
+    bare.defaults, bare.kw_defaults = [], []
+    return bare
 
 
 def _target_level(target: ast.expr) -> int:
