@@ -1,17 +1,8 @@
-"""Vector search over FAISS inverted lists, mapped from disk: exact over the probed lists, and the same in any batch.
+"""Vector indexes over FAISS inverted lists: what kind to build, building, and the retriever that searches one.
 
-FAISS trains and holds the lists; what is probed, how ties are broken and what a result is, is decided here:
-
-- *Distances are canonical.* The inner product that FAISS's list scanner computes is a function of the query and the
-  stored code alone, whatever the batch, the thread or the order of the lists (measured bit for bit). Codes hold whole
-  vectors, not residuals, so that it stays so.
-- *Probes are canonical.* The nearest lists are ranked by (inner product descending, list number ascending) with the
-  one-query kernel; a blocked matrix product would move last bits with the batch size. If they hold fewer than k
-  vectors, further lists are probed until they do.
-- *Results are canonical.* FAISS keeps whichever of equal scores it met first, so k + 6 are asked for, more while the
-  last one kept still ties with the k-th, and they are ordered by (score descending, id ascending).
-
-A search of [a, b, c] is therefore, bit for bit, the three searches. A "flat" index is the same thing with one list.
+FAISS trains and holds the lists; what is probed, how ties are broken and what a result is, is decided in `scan`. A
+search of [a, b, c] is, bit for bit, the three searches, and each of them is what it would be in any other pieces. A
+"flat" index is the same thing with one list.
 """
 
 from __future__ import annotations
@@ -33,6 +24,7 @@ from flowc.ir.values import Docs
 from flowc.runtime.protocols import Embedder, SearchRequest
 
 from .documents import Passage, embedded_text
+from .scan import F32, I64, Lists, ListSearch, load_faiss
 from .store import EmbedderInfo, IndexWriter, Manifest, PassageStore, check_files, damaged
 
 __all__ = [
@@ -46,28 +38,15 @@ __all__ = [
     "recall_table",
 ]
 
-F32 = npt.NDArray[np.float32]
-I64 = npt.NDArray[np.int64]
 Progress = Callable[[str, int, int], None]  # (what is done: "embed", "train", "add", "measure"; how much; of how much)
 Codec = Literal["fp16", "fp32"]
 
 FLAT_BELOW = 50_000  # vectors: one list is exact and takes about 3 ms at this size
-_SPARE = 6  # results asked for beyond k, so that a tie at the end is seen
 _SEED = 1234
 _FILE = "index.faiss"
 _RECALL_AIM = 0.95
 _RECALL_SAMPLE = 100
 _EXCERPT_WORDS = 8  # about a question's length
-
-
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as e:
-        raise ResourceError(
-            "the package faiss-cpu is not installed", code="F060", hint="pip install 'flowc[local]'"
-        ) from e
-    return faiss
 
 
 # ------------------------------------------------------------------------------------------------ choosing
@@ -144,7 +123,7 @@ def build_vectors(
     threads: int | None = None,
 ) -> Manifest:
     """Builds and saves the planned index; see `flowc.backends.vector.build_index`."""
-    faiss = _faiss()
+    faiss = load_faiss()
 
     def tell(stage: str, done: int, total: int) -> None:
         if progress is not None:
@@ -171,7 +150,7 @@ def build_vectors(
             )
         if not nprobe:
             tell("measure", 0, 1)
-            nprobe, reason = _choose_nprobe(_Lists(index), embedder, passages)
+            nprobe, reason = _choose_nprobe(Lists(index), embedder, passages)
             reasons += (reason,)
             tell("measure", 1, 1)
         writer.passages(passages)
@@ -263,111 +242,14 @@ def _omp_threads(faiss: Any, count: int) -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
-# ------------------------------------------------------------------------------------------------ scanning
-class _Lists:
-    """The inverted lists, read only: probe order, scan, order of results. Safe to use from several threads.
-
-    Never add to `index`: FAISS aborts the process when a mapped index grows.
-    """
-
-    def __init__(self, index: Any) -> None:
-        faiss = self._faiss = _faiss()
-        self._index = index
-        self.dim: int = index.d
-        self.count: int = index.ntotal
-        self.nlist: int = index.nlist
-        self._centroids = np.ascontiguousarray(index.quantizer.reconstruct_n(0, index.nlist))
-        lists = index.invlists
-        self.sizes: I64 = np.array([lists.list_size(n) for n in range(index.nlist)], dtype=np.int64)
-        self._params: dict[int, Any] = {}
-        self._ptr = faiss.swig_ptr
-
-    def nearest_lists(self, query: F32, nprobe: int, enough: int) -> I64:
-        """List numbers, nearest first: `nprobe` of them, or as many more as it takes to hold `enough` vectors."""
-        if self.nlist == 1:
-            return np.zeros(1, dtype=np.int64)
-        scores = np.empty(self.nlist, dtype=np.float32)
-        self._faiss.fvec_inner_products_ny(
-            self._ptr(scores), self._ptr(query), self._ptr(self._centroids), self.dim, self.nlist
-        )
-        np.negative(scores, out=scores)
-        if nprobe < self.nlist:
-            near = np.flatnonzero(scores <= np.partition(scores, nprobe - 1)[nprobe - 1])
-            near = near[np.argsort(scores[near], kind="stable")][:nprobe]
-            if int(self.sizes[near].sum()) >= enough:
-                return near
-        order = np.argsort(scores, kind="stable")
-        held = np.cumsum(self.sizes[order])
-        return order[: max(nprobe, int(np.searchsorted(held, enough)) + 1)]
-
-    def positions(self, wanted: I64) -> Iterator[tuple[int, list[int], I64]]:
-        """(list number, offsets in it, ids there) for those of the `wanted` ids, sorted, that each list holds."""
-        for number, size in enumerate(self.sizes.tolist()):
-            if size:
-                held = self._faiss.rev_swig_ptr(self._index.invlists.get_ids(number), size)
-                offsets = np.flatnonzero(np.isin(held, wanted, assume_unique=True))
-                yield number, offsets.tolist(), held[offsets]
-
-    def decode(self, number: int, offset: int) -> F32:
-        """The vector at a place of a list, as the scanner sees it."""
-        out = np.empty(self.dim, dtype=np.float32)
-        self._index.reconstruct_from_offset(number, offset, self._ptr(out))
-        return out
-
-    def search(self, queries: F32, k: Sequence[int], nprobe: Sequence[int]) -> list[tuple[F32, I64]]:
-        """For each query, scores and ids of its best k: fewer only where the index holds fewer. One FAISS call."""
-        if not len(queries):
-            return []
-        rows = [
-            self.nearest_lists(query, probes, min(want, self.count))
-            for query, want, probes in zip(queries, k, nprobe, strict=True)
-        ]
-        keep = min(max(k) + _SPARE, self.count)
-        scores, ids = self._scan(queries, rows, keep)
-        out = []
-        for row, want in enumerate(k):
-            kept_scores, kept_ids = scores[row], ids[row]
-            size = keep
-            held = int(self.sizes[rows[row]].sum())
-            # A full heap whose last entry ties with the k-th may have dropped an equal one with a smaller id.
-            while size < held and kept_scores[-1] == kept_scores[min(want, size) - 1]:
-                size = min(4 * size, held)
-                wider = self._scan(queries[row : row + 1], rows[row : row + 1], size)
-                kept_scores, kept_ids = wider[0][0], wider[1][0]
-            found = kept_ids >= 0
-            kept_scores, kept_ids = kept_scores[found], kept_ids[found]
-            order = np.lexsort((kept_ids, -kept_scores))[:want]
-            out.append((kept_scores[order], kept_ids[order]))
-        return out
-
-    def _scan(self, queries: F32, rows: Sequence[I64], keep: int) -> tuple[F32, I64]:
-        """The best `keep` of each query over its own lists, as FAISS orders them; -1 where there are fewer."""
-        queries = np.ascontiguousarray(queries)  # every array below must have a name while FAISS holds its address
-        width = max(len(row) for row in rows)
-        lists = np.full((len(rows), width), -1, dtype=np.int64)
-        for at, row in enumerate(rows):
-            lists[at, : len(row)] = row
-        coarse = np.zeros((len(rows), width), dtype=np.float32)
-        scores = np.empty((len(rows), keep), dtype=np.float32)
-        ids = np.empty((len(rows), keep), dtype=np.int64)
-        params = self._params.get(width)
-        if params is None:
-            params = self._params[width] = self._faiss.SearchParametersIVF(nprobe=width)
-        self._faiss.omp_set_num_threads(1)  # counted per calling thread, and this may be any worker
-        ptr = self._ptr
-        self._index.search_preassigned_c(
-            len(rows), ptr(queries), keep, ptr(lists), ptr(coarse), ptr(scores), ptr(ids), False, params
-        )
-        return scores, ids
-
-
+# ------------------------------------------------------------------------------------------------ measuring
 def own_queries(count: int, sample: int) -> I64:
     rng = np.random.default_rng(_SEED)
     return np.sort(rng.choice(count, size=min(sample, count), replace=False))
 
 
 def recall_table(
-    lists: _Lists, queries: F32, *, k: int = 10, own: I64 | None = None, stop_at: float | None = None
+    lists: Lists, queries: F32, *, k: int = 10, own: I64 | None = None, stop_at: float | None = None
 ) -> dict[int, float]:
     """Recall@k by nprobe (powers of two), against a scan of every list, averaged over `queries`.
 
@@ -410,7 +292,7 @@ def excerpts(passages: Sequence[str], sample: int) -> list[str]:
     return out
 
 
-def _choose_nprobe(lists: _Lists, embedder: Embedder, passages: Sequence[Passage]) -> tuple[int, str]:
+def _choose_nprobe(lists: Lists, embedder: Embedder, passages: Sequence[Passage]) -> tuple[int, str]:
     queries = np.ascontiguousarray(embedder.embed(excerpts([p.text for p in passages], _RECALL_SAMPLE)), np.float32)
     table = recall_table(lists, queries, stop_at=_RECALL_AIM)
     nprobe = max(table)
@@ -455,7 +337,7 @@ class IVFRetriever:
             self._embedder = self._fitting(cast(Embedder, embedder))
         self._lock = threading.Lock()
         folder = check_files(self.path, manifest, verify=verify)
-        faiss = _faiss()
+        faiss = load_faiss()
         try:
             index = faiss.read_index(str(folder / _FILE), faiss.IO_FLAG_MMAP_IFC)
         except (RuntimeError, MemoryError) as e:
@@ -465,7 +347,7 @@ class IVFRetriever:
         wanted = (kind, manifest.nlist, self._info.dim, manifest.count, faiss.METRIC_INNER_PRODUCT)
         if found != wanted:
             raise damaged(self.path, f"{_FILE} is not the index that the manifest describes")
-        self._lists: _Lists | None = _Lists(index)
+        self._lists: Lists | None = Lists(index)
         if int(self._lists.sizes.sum()) != manifest.count:
             raise damaged(self.path, f"{_FILE} holds lists of {int(self._lists.sizes.sum()):,} vectors")
         self.store = PassageStore(self.path, manifest)
@@ -502,7 +384,7 @@ class IVFRetriever:
         return embedder
 
     @property
-    def lists(self) -> _Lists:
+    def lists(self) -> Lists:
         if self._lists is None:
             raise ResourceError(f"the index at {self.path} was closed", code="F060", hint="open it again")
         return self._lists

@@ -1,0 +1,501 @@
+"""Elastic search over inverted lists: begun, scanned a few lists at a time in any order and company, always exact.
+
+A search is plain arrays: the probe order with its scores, which lists were scanned, and a heap of the best k + 6 found
+so far. At any moment the heap and a list of ties tell the exact best k of the lists scanned, so a search can pause, go on
+in another batch, be cancelled, or take in what another device found. Three facts make the result independent of all that:
+
+- *Distances are canonical.* The inner product that FAISS's list scanner computes is a function of the query and the
+  stored code alone, whatever the batch, the thread or the order of the lists (measured bit for bit). Codes hold whole
+  vectors, not residuals, so that it stays so.
+- *Probes are canonical.* The nearest lists are ranked by (inner product descending, list number ascending) with the
+  one-query kernel; a blocked matrix product would move last bits with the batch size. If they hold fewer than k
+  vectors, further lists are probed until they do.
+- *Results are canonical.* A heap drops entries no better than its worst. If its worst is below the k-th best, nothing
+  that belongs to the best k was dropped; if it ties with the k-th, the lists are scanned again for all entries as good
+  as that. The best k are then ordered by (score descending, id ascending).
+
+Many searches are scanned in one of two forms. *Query by query*, each goes through its lists. *List by list* (a
+wavefront), rows of (query, list) are sorted by list, so that a list is read from memory once for all who want it, and
+one FAISS call runs them all. Rows start with their query's worst kept score as the bar, so few entries come out of
+them, and a C loop folds those into the heaps.
+
+Source of the sub-stages: Hu et al., "HedraRAG", 2025, section 4; of the wavefront's form and its limits: measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flowc.ir.errors import ResourceError
+from flowc.runtime.protocols import Budget, ScanBudget, SearchRequest
+
+__all__ = ["SHARED_ENOUGH", "ListSearch", "Lists", "load_faiss"]
+
+F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
+
+# Visits to lists per distinct list, from which on a wave may be scanned list by list. Below, the lists are read from
+# memory once in either form and the rows only cost. Above, both forms are tried and the cheaper one kept: an index
+# that fits in the processor's cache gains nothing at any share (16,425 x 384 in fp16: never; 262,800 x 384: from about
+# 2, 1.35 times at 4.5 and 1.45 times at 16).
+SHARED_ENOUGH = 1.3
+_SPARE = 6  # results kept beyond k, so that a tie at the end is seen
+_GROUP_CODES = 16_384  # vectors a search scans before others and cancellation get their turn; about 0.4 ms
+_STEP_CODES = 1_024  # the same where a rule may stop the search: about 25 us, against 4 us that a step costs
+_ROW_BYTES = 4 << 20  # of queries and heaps that the rows of one call may take
+_LEARN_CODES = 20_000  # a wave of fewer takes too short a time to learn from
+_NO_HEAP_INIT = 1024  # IndexIVF::PARALLEL_MODE_NO_HEAP_INIT: scan on from the heaps given, and leave them heaps
+
+
+def load_faiss() -> Any:
+    """The module faiss. Raises `ResourceError` F060 with what to install where it is missing."""
+    try:
+        import faiss
+    except ImportError as e:
+        raise ResourceError(
+            "the package faiss-cpu is not installed", code="F060", hint="pip install 'flowc[local]'"
+        ) from e
+    return faiss
+
+
+# ------------------------------------------------------------------------------------------------ the state of a search
+@dataclass(slots=True, eq=False)
+class ListSearch:
+    """One search under way. Belongs to one thread at a time, but for `cancel`, which any may call.
+
+    `lists`, `near` and `codes` are the probed lists, nearest first: number, inner product with the query, vectors held.
+    `scores` and `ids`, of shape (min(k + 6, vectors in the index),), are a heap with the worst first; (-inf, -1) are
+    its free places.
+    """
+
+    query: F32
+    k: int
+    lists: I64
+    near: F32
+    codes: I64
+    scores: F32
+    ids: I64
+    request: SearchRequest | None = None
+    budget: Budget | None = None
+    gap: float | None = None  # stop where the next list's centroid lies this far below the k-th best
+    scanned: npt.NDArray[np.bool_] = field(init=False)
+    rank: int = field(default=0, init=False)  # the nearest list that was not scanned
+    stopped: str = field(default="", init=False)  # the rule that ended the search early: "lists", "seconds", "gap"
+    cancelled: bool = field(default=False, init=False)
+    began_s: float = field(default=0.0, init=False)
+    _taken: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.scanned = np.zeros(len(self.lists), dtype=np.bool_)
+        if self.budget is not None:
+            self.began_s = time.perf_counter()
+
+    @property
+    def units(self) -> int:
+        """How many lists there are to scan."""
+        return len(self.lists)
+
+    @property
+    def costs(self) -> I64:
+        """Vectors in each list."""
+        return self.codes
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to scan: all was, or a stopping rule holds, or it was cancelled."""
+        return self._taken == len(self.lists) or self.cancelled or bool(self.stopped)
+
+    def remaining(self) -> I64:
+        """Ranks of the lists that were not scanned, nearest first; none once `done`."""
+        if self.done:
+            return np.empty(0, dtype=np.int64)
+        if not self.scanned[self.rank :].any():
+            return np.arange(self.rank, len(self.lists))
+        return np.flatnonzero(~self.scanned)
+
+    def cancel(self) -> None:
+        """Ends the search at the next step between two scans; `finish` refuses it then."""
+        self.cancelled = True
+
+    def _took(self, ranks: I64) -> None:
+        """Notes what was scanned, and whether that is enough."""
+        self.scanned[ranks] = True
+        self._taken += len(ranks)
+        while self.rank < len(self.lists) and self.scanned[self.rank]:
+            self.rank += 1
+        if self._taken == len(self.lists):
+            return
+        if self.budget is not None:
+            if self.budget.lists is not None and self._taken >= self.budget.lists:
+                self.stopped = "lists"
+            elif self.budget.seconds is not None and time.perf_counter() - self.began_s >= self.budget.seconds:
+                self.stopped = "seconds"
+        if self.gap is not None and float(self.near[self.rank]) < self.kth() - self.gap:
+            self.stopped = "gap"
+
+    def kth(self) -> float:
+        """The k-th best score so far, -inf while there are fewer."""
+        return float(np.partition(self.scores, len(self.scores) - self.k)[len(self.scores) - self.k])
+
+
+Work = Sequence[tuple[ListSearch, "I64 | Sequence[int]"]]
+
+
+# ------------------------------------------------------------------------------------------------ which form is cheaper
+class _Forms:
+    """Chooses between the two forms by what they cost before, for waves alike in sharing and in heap size.
+
+    Costs are this thread's processor time per vector, so a busy machine does not mislead; one wave in 32 goes to the
+    form that lost, so that the choice follows the machine. The choice moves time only, never a result.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.thread_time) -> None:
+        self.now = now
+        self._cost: dict[tuple[int, int, bool], float] = {}
+        self._waves: defaultdict[tuple[int, int], int] = defaultdict(int)
+
+    @staticmethod
+    def _key(share: float, keep: int) -> tuple[int, int]:
+        return int(2 * np.log2(share)), keep.bit_length()
+
+    def by_list(self, share: float, keep: int, codes: int) -> bool:
+        if share < SHARED_ENOUGH:
+            return False
+        key = self._key(share, keep)
+        rows, each = self._cost.get((*key, True)), self._cost.get((*key, False))
+        if rows is None or codes < _LEARN_CODES:
+            return rows is None or each is None or rows < each
+        if each is None:
+            return False
+        self._waves[key] += 1
+        return (rows < each) != (self._waves[key] % 32 == 0)
+
+    def learn(self, share: float, keep: int, codes: int, by_list: bool, seconds: float) -> None:
+        if share < SHARED_ENOUGH or codes < _LEARN_CODES:
+            return
+        key = (*self._key(share, keep), by_list)
+        old, new = self._cost.get(key), seconds / codes
+        self._cost[key] = new if old is None else min(2 * old, 0.75 * old + 0.25 * new)
+
+
+# ------------------------------------------------------------------------------------------------ the lists
+class Lists:
+    """The inverted lists of an index, read only. Safe to use from several threads.
+
+    Takes the index over: sets its parallel mode, so that plain searches of the same object are wrong from then on.
+    Never add to `index`: FAISS aborts the process when a mapped index grows.
+    """
+
+    def __init__(self, index: Any) -> None:
+        faiss = self._faiss = load_faiss()
+        assert not getattr(index, "by_residual", False), "scores of residuals would need the centroids' scores"
+        self._index = index
+        index.parallel_mode = _NO_HEAP_INIT
+        self.dim: int = index.d
+        self.count: int = index.ntotal
+        self.nlist: int = index.nlist
+        self._centroids = np.ascontiguousarray(index.quantizer.reconstruct_n(0, index.nlist))
+        lists = index.invlists
+        self.sizes: I64 = np.array([lists.list_size(n) for n in range(index.nlist)], dtype=np.int64)
+        self._params: dict[int, Any] = {}
+        self._ptr = faiss.swig_ptr
+        self._forms = _Forms()
+
+    # -------------------------------------------------------------------------------------------- plan
+    def nearest_lists(self, query: F32, nprobe: int, enough: int) -> I64:
+        """List numbers, nearest first: `nprobe` of them, or as many more as it takes to hold `enough` vectors."""
+        return self._nearest(query, nprobe, enough)[0]
+
+    def _nearest(self, query: F32, nprobe: int, enough: int) -> tuple[I64, F32]:
+        if self.nlist == 1:
+            return np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.float32)
+        scores = np.empty(self.nlist, dtype=np.float32)
+        self._faiss.fvec_inner_products_ny(
+            self._ptr(scores), self._ptr(query), self._ptr(self._centroids), self.dim, self.nlist
+        )
+        np.negative(scores, out=scores)
+        if nprobe < self.nlist:
+            near = np.flatnonzero(scores <= np.partition(scores, nprobe - 1)[nprobe - 1])
+            near = near[np.argsort(scores[near], kind="stable")][:nprobe]
+            if int(self.sizes[near].sum()) >= enough:
+                return near, -scores[near]
+        order = np.argsort(scores, kind="stable")
+        held = np.cumsum(self.sizes[order])
+        order = order[: max(nprobe, int(np.searchsorted(held, enough)) + 1)]
+        return order, -scores[order]
+
+    def begin(
+        self,
+        query: F32,
+        k: int,
+        nprobe: int,
+        *,
+        request: SearchRequest | None = None,
+        budget: Budget | None = None,
+        gap: float | None = None,
+    ) -> ListSearch:
+        """A search of `query` (shape (dim,), contiguous) that has ranked its lists and scanned none."""
+        k = min(k, self.count)
+        lists, near = self._nearest(query, nprobe, k)
+        keep = min(k + _SPARE, self.count)
+        scores, ids = np.full(keep, -np.inf, dtype=np.float32), np.full(keep, -1, dtype=np.int64)
+        return ListSearch(query, k, lists, near, self.sizes[lists], scores, ids, request, budget, gap)
+
+    # -------------------------------------------------------------------------------------------- run
+    def search(self, queries: F32, k: Sequence[int], nprobe: Sequence[int]) -> list[tuple[F32, I64]]:
+        """For each query, scores and ids of its best k: fewer only where the index holds fewer."""
+        queries = np.ascontiguousarray(queries)
+        searches = [self.begin(q, want, probes) for q, want, probes in zip(queries, k, nprobe, strict=True)]
+        self.scan(searches)
+        return [self.best(search) for search in searches]
+
+    def scan(self, searches: Sequence[ListSearch], budget: ScanBudget | None = None) -> None:
+        """Scans on until every search is done or the budget is spent, everyone's nearest lists first.
+
+        A budget is for all searches together and is looked at between groups of lists, cut by the vectors that they
+        hold and not by their number; at least one list is scanned where one is left.
+        """
+        units = codes = None
+        until = None
+        if budget is not None:
+            units, codes = budget.units, budget.codes
+            until = None if budget.seconds is None else time.perf_counter() + budget.seconds
+        while active := [search for search in searches if not search.done]:
+            work = [(search, self._group(search, until is not None)) for search in active]
+            if units is not None or codes is not None:
+                work, units, codes = _cut(work, units, codes)
+            self.run(work)
+            if (units is not None and units <= 0) or (codes is not None and codes <= 0):
+                return
+            if until is not None and time.perf_counter() >= until:
+                return
+
+    def _group(self, search: ListSearch, timed: bool) -> I64:
+        """The next lists of one search: as many as are scanned before anyone looks up."""
+        left = search.remaining()
+        rule = search.budget
+        size = _STEP_CODES if timed or search.gap is not None or (rule and rule.seconds is not None) else _GROUP_CODES
+        if rule is not None and rule.lists is not None:
+            left = left[: max(1, rule.lists - search._taken)]
+        held = np.cumsum(search.codes[left])
+        return left if held[-1] <= size else left[: int(np.searchsorted(held, size)) + 1]
+
+    def run(self, work: Work) -> None:
+        """Scans the given ranks of each search. Those that were scanned before, and cancelled searches, are left out.
+
+        Raises `ValueError` if a search is named twice: one thread, one step at a time.
+        """
+        if len({id(search) for search, _ in work}) < len(work):
+            raise ValueError("a search stands twice in one step")
+        sizes: defaultdict[int, list[tuple[ListSearch, I64]]] = defaultdict(list)
+        for search, wanted in work:
+            if search.cancelled:
+                continue
+            ranks = np.asarray(wanted, dtype=np.int64)
+            fresh = ranks[~search.scanned[ranks]]
+            if len(fresh) > 1 and (np.diff(fresh) <= 0).any():
+                fresh = np.unique(fresh)  # nearest first
+            if len(fresh):
+                # Heaps of one call have one size; up to twice their own is padding, beyond is another call.
+                sizes[len(search.scores).bit_length()].append((search, fresh))
+        for alike in sizes.values():
+            self._run(alike)
+            for search, ranks in alike:
+                search._took(ranks)
+
+    def _run(self, work: list[tuple[ListSearch, I64]]) -> None:
+        self._faiss.omp_set_num_threads(1)  # counted per calling thread, and this may be any worker
+        if len(work) == 1:
+            search, ranks = work[0]
+            lists = np.ascontiguousarray(search.lists[ranks])[None, :]
+            self._call(search.query, lists, search.scores, search.ids)
+            return
+        wanted = np.concatenate([search.lists[ranks] for search, ranks in work])
+        codes = int(self.sizes[wanted].sum())
+        share = len(wanted) / np.count_nonzero(np.bincount(wanted, minlength=self.nlist))
+        keep = max(len(search.scores) for search, _ in work)
+        by_list = self._forms.by_list(share, keep, codes)
+        began = self._forms.now()
+        # One heap a row. Places beyond a search's own heap hold +inf: they are never the worst, so nothing goes there.
+        scores = np.full((len(work), keep), np.inf, dtype=np.float32)
+        ids = np.full((len(work), keep), -1, dtype=np.int64)
+        for row, (search, _) in enumerate(work):
+            size = len(search.scores)
+            scores[row, :size] = search.scores
+            ids[row, :size] = search.ids
+        queries = np.stack([search.query for search, _ in work])
+        if by_list:
+            self._by_list(work, queries, scores, ids)
+        else:
+            self._by_query([search.lists[ranks] for search, ranks in work], queries, scores, ids)
+        for row, (search, _) in enumerate(work):
+            size = len(search.scores)
+            search.scores[:] = scores[row, :size]
+            search.ids[:] = ids[row, :size]
+        self._forms.learn(share, keep, codes, by_list, self._forms.now() - began)
+
+    def _by_query(self, rows: Sequence[I64], queries: F32, scores: F32, ids: I64) -> None:
+        """Every query through its own lists, one after another, in one call."""
+        width = max(len(row) for row in rows)
+        lists = np.full((len(rows), width), -1, dtype=np.int64)  # -1: FAISS skips it
+        for at, row in enumerate(rows):
+            lists[at, : len(row)] = row
+        self._call(queries, lists, scores, ids)
+
+    def _by_list(self, work: list[tuple[ListSearch, I64]], queries: F32, scores: F32, ids: I64) -> None:
+        """Every list through the queries that want it, in calls of bounded size whose rows are (query, list)."""
+        rows = [search.lists[ranks] for search, ranks in work]
+        # Everyone's nearest list first, on its own: it sets the bar that keeps the other rows short.
+        if any(search.scores[0] == -np.inf for search, _ in work):
+            self._by_query([row[:1] for row in rows], queries, scores, ids)
+            rows = [row[1:] for row in rows]
+        lists = np.concatenate(rows)
+        owner = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+        order = np.argsort(lists, kind="stable")
+        lists, owner = lists[order], owner[order]
+        keep = scores.shape[1]
+        free = np.isposinf(scores)  # the places that are no one's
+        padded = bool(free.any())
+        step = max(1, _ROW_BYTES // (12 * keep + 4 * self.dim))
+        heap = self._faiss.float_minheap_array_t()
+        heap.nh, heap.k, heap.val, heap.ids = len(scores), keep, self._ptr(scores), self._ptr(ids)
+        for start in range(0, len(lists), step):
+            who = owner[start : start + step]
+            rows_scores = np.repeat(scores[who, :1], keep, axis=1)
+            if padded:
+                rows_scores[free[who]] = np.inf
+            rows_ids = np.full(rows_scores.shape, -1, dtype=np.int64)
+            self._call(queries[who], lists[start : start + step, None], rows_scores, rows_ids)
+            if padded:
+                rows_scores[free[who]] = -np.inf  # or they would be taken for results
+            heap.addn_query_subset_with_ids(
+                len(who), self._ptr(who), keep, self._ptr(rows_scores), self._ptr(rows_ids), keep
+            )
+
+    def _call(self, queries: F32, lists: I64, scores: F32, ids: I64) -> None:
+        """One FAISS call: row i of `lists` (-1 is skipped) for query i, into the heaps in row i of `scores`, `ids`.
+
+        Every array has a name while FAISS holds its address, which keeps nothing alive.
+        """
+        lists = np.ascontiguousarray(lists)
+        count, width = lists.shape
+        coarse = np.zeros((count, width), dtype=np.float32)  # the centroids' scores: only residuals need them
+        params = self._params.get(width)
+        if params is None:
+            params = self._params[width] = self._faiss.SearchParametersIVF(nprobe=width)
+        ptr = self._ptr
+        self._index.search_preassigned_c(
+            count,
+            ptr(queries),
+            scores.shape[-1],
+            ptr(lists),
+            ptr(coarse),
+            ptr(scores),
+            ptr(ids),
+            False,
+            params,
+        )
+
+    # -------------------------------------------------------------------------------------------- merge
+    def merge(self, search: ListSearch, ranks: I64 | Sequence[int], scores: F32, ids: I64) -> None:
+        """Takes in what was found elsewhere in the lists of these ranks, and counts those as scanned.
+
+        Scores must be canonical (the scanner's bits). All entries of the lists are to be given, or at least the best
+        `len(search.scores)` of them, in any order; entries with id -1 are none. Raises `ValueError` if one of the
+        lists was scanned before: its entries would stand in the result twice.
+        """
+        taken = np.unique(np.asarray(ranks, dtype=np.int64))
+        if search.scanned[taken].any():
+            raise ValueError("one of these lists was scanned before")
+        found = ids >= 0
+        every = np.concatenate([search.scores, scores[found]])
+        names = np.concatenate([search.ids, ids[found]])
+        keep = len(search.scores)
+        top = np.argpartition(every, len(every) - keep)[len(every) - keep :]
+        top = top[np.argsort(every[top])]  # rising scores are a heap
+        search.scores[:] = every[top]
+        search.ids[:] = names[top]
+        search._took(taken)
+
+    def best(self, search: ListSearch) -> tuple[F32, I64]:
+        """Scores and ids of the exact best k of the lists scanned so far, by (score descending, id ascending)."""
+        scores, ids = search.scores, search.ids
+        order = np.lexsort((ids, -scores))
+        worst, k = scores[order[-1]], search.k
+        if worst == scores[order[k - 1]] and worst != -np.inf:
+            scores, ids = self._as_good_as(search, worst)
+            order = np.lexsort((ids, -scores))
+        order = order[:k]
+        scores, ids = scores[order], ids[order]
+        if len(ids) and ids[-1] < 0:
+            found = ids >= 0
+            scores, ids = scores[found], ids[found]
+        return scores, ids
+
+    def _as_good_as(self, search: ListSearch, score: np.float32) -> tuple[F32, I64]:
+        """All entries of the scanned lists with this score or a better one."""
+        lists = np.ascontiguousarray(search.lists[search.scanned])
+        held = int(self.sizes[lists].sum())
+        bar = np.nextafter(score, np.float32(-np.inf))
+        self._faiss.omp_set_num_threads(1)
+        size = min(len(search.scores), held)
+        while True:
+            scores, ids = np.full(size, bar, dtype=np.float32), np.full(size, -1, dtype=np.int64)
+            self._call(search.query, lists[None, :], scores, ids)
+            found = ids >= 0
+            if size == held or not found.all():  # a free place is left: nothing was dropped
+                return scores[found], ids[found]
+            size = min(4 * size, held)
+
+    def finish(self, search: ListSearch) -> tuple[F32, I64]:
+        """The result, after scanning what is left and was not stopped. Raises `CancelledError` for a cancelled one."""
+        if search.cancelled:
+            raise CancelledError("the search was cancelled")
+        self.scan([search])
+        return self.best(search)
+
+    # -------------------------------------------------------------------------------------------- vectors
+    def positions(self, wanted: I64) -> Iterator[tuple[int, list[int], I64]]:
+        """(list number, offsets in it, ids there) for those of the `wanted` ids, sorted, that each list holds."""
+        for number, size in enumerate(self.sizes.tolist()):
+            if size:
+                held = self._faiss.rev_swig_ptr(self._index.invlists.get_ids(number), size)
+                offsets = np.flatnonzero(np.isin(held, wanted, assume_unique=True))
+                yield number, offsets.tolist(), held[offsets]
+
+    def decode(self, number: int, offset: int) -> F32:
+        """The vector at a place of a list, as the scanner sees it."""
+        out = np.empty(self.dim, dtype=np.float32)
+        self._index.reconstruct_from_offset(number, offset, self._ptr(out))
+        return out
+
+
+def _cut(
+    work: list[tuple[ListSearch, I64]], units: int | None, codes: int | None
+) -> tuple[list[tuple[ListSearch, I64]], int | None, int | None]:
+    """The part of the work that a budget allows, by nearness and then by search; and what the budget has left."""
+    owner = np.repeat(np.arange(len(work)), [len(ranks) for _, ranks in work])
+    place = np.concatenate([np.arange(len(ranks)) for _, ranks in work])
+    held = np.concatenate([search.codes[ranks] for search, ranks in work])
+    order = np.argsort(place, kind="stable")
+    spent = np.cumsum(held[order])
+    count = len(order)
+    if codes is not None:
+        count = min(count, int(np.searchsorted(spent, codes)) + 1)
+    if units is not None:
+        count = min(count, max(1, units))
+    taken = np.bincount(owner[order[:count]], minlength=len(work)).tolist()
+    part = [(search, ranks[:n]) for (search, ranks), n in zip(work, taken, strict=True) if n]
+    return (
+        part,
+        None if units is None else units - count,
+        None if codes is None else codes - int(spent[count - 1]),
+    )
