@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import tempfile
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -241,9 +242,15 @@ def _differences(loaded: Loaded, runtime: Runtime, rng: random.Random, ways: Seq
                 break
 
 
-def first_difference(program: Program, seed: int, ways: Sequence[str] = WAYS) -> Difference | None:
+HEAD = "from tests.program_world import *\n"
+
+
+def same(source: str, *calls: str) -> None:
+    """Fails unless `main` of this module does the same in every way it can run, called with each of these arguments."""
+    program = Program(HEAD + textwrap.dedent(source).lstrip("\n"), calls or ("()",), "async def main" in source)
     with direct_host(), Runtime(world.Backends()) as runtime:
-        return next(differences(program, runtime, random.Random(seed), ways), None)
+        for found in differences(program, runtime, random.Random(0)):
+            raise AssertionError(str(found))
 
 
 class TooLong(BaseException):
