@@ -11,8 +11,10 @@ from typing import Any
 from zlib import crc32
 
 from flowc import LLM, Index, pure, tool, workflow
+from flowc.ir.core import Graph
 from flowc.ir.values import Doc, Docs
 from flowc.runtime.protocols import ChooseRequest, GenerateRequest, Generation, SearchRequest
+from flowc.runtime.reference import interpret
 from flowc.runtime.requests import make_request, read_answer
 
 LOG: list[tuple[str, str]] = []
@@ -307,6 +309,11 @@ class Backends:
         raise AssertionError(name)
 
 
+def interpret_graph(graph: Graph, args: Sequence[Any]) -> Any:
+    """The reference interpreter over the fake backends."""
+    return interpret(graph, args, Backends())
+
+
 class DirectHost:
     """Serves the direct calls of `workflow.eager`: one request at a time, no runtime."""
 
@@ -326,7 +333,7 @@ class DirectHost:
 
 
 __all__ = [
-    "HELD", "LOG", "STATE", "Backends", "Box", "DirectHost", "Guarded", "OwnError", "aget", "alookup", "anote", "aput", "apply",
+    "HELD", "LOG", "STATE", "Backends", "Box", "DirectHost", "Doc", "Docs", "Guarded", "OwnError", "aget", "alookup", "anote", "aput", "apply",
     "asyncio", "boom", "cut", "declared_int", "docs", "double", "each", "get", "halve", "hold", "liar", "llm", "log", "lookup",
     "note", "parse_int", "poke", "put", "reset", "same", "send", "stir", "tick", "tool", "workflow",
 ]  # fmt: skip

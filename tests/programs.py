@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-INT, STR, BOOL, INTS, STRS, NESTED, DICT, PAIR, BOX, ANY = (
-    "int", "str", "bool", "ints", "strs", "nested", "dict", "pair", "box", "any",
+INT, STR, BOOL, INTS, STRS, NESTED, DICT, PAIR, BOX, DOCS, DOC, ANY = (
+    "int", "str", "bool", "ints", "strs", "nested", "dict", "pair", "box", "docs", "doc", "any",
 )  # fmt: skip
-KINDS = (INT, STR, BOOL, INTS, STRS, NESTED, DICT, PAIR, BOX)
+KINDS = (INT, STR, BOOL, INTS, STRS, NESTED, DICT, PAIR, BOX, DOCS)
 ANNOTATIONS = {INT: "int", STR: "str", BOOL: "bool", INTS: "list[int]", STRS: "list[str]"}
 NAMES = ("a", "b", "c", "d", "e", "f", "g", "h")
 WORDS = ("", "x", "yes", "no", "A b", "éß", "12", "{q}")
@@ -148,6 +148,10 @@ class Writer:
                 return self.pick("[]", "[[1], [2, 3]]", "[[0]]")
             case "dict":
                 return self.pick("{}", "{'k': 1}", "{'x': 2, 'yes': 3}")
+            case "docs":
+                return self.pick("Docs()", "ONE_DOC")
+            case "doc":
+                return "ONE_DOC[0]"
             case "pair":
                 return self.pick("(1, 'p')", "(0, '')")
             case _:
@@ -281,6 +285,13 @@ class Writer:
             lambda: "GLOBAL",
             lambda: f"{e(BOX, 0)}.method({e(INT, d)})",
             lambda: f"[{e(INT, d)}, {e(INT, d)}][{self.pick('0', '1')}]",
+            lambda: f"{e(DOC, d)}.id",
+            lambda: f"int({e(DOC, d)}.score * 10)",
+            lambda: f"len({e(DOCS, d)})",
+            lambda: f"len({{{e(INT, d)}, {e(INT, d)}}})",
+            lambda: f"divmod({e(INT, d)}, 3)[1]",
+            lambda: f"sum(d.id for d in {e(DOCS, d)})",
+            lambda: f"max({e(INTS, d)}, default=0, key=lambda q: note(q))",
         ]
 
     def _str(self, d: int) -> list[Callable[[], str]]:
@@ -314,6 +325,14 @@ class Writer:
             lambda: f"('%s' % {e(INT, d)})",
             lambda: f"{e(STR, d)}.replace({e(STR, 0)}, 'z')[:50]",
             lambda: f"repr({e(ANY, d)})",
+            lambda: f"{e(DOC, d)}.{self.pick('text', 'title', 'source')}",
+            lambda: f"str({e(DOCS, d)})",
+            lambda: f"apply(cut, *[{e(ANY, d)}])",
+            lambda: f"lookup(*({e(STR, d)}, {e(INT, 0)}))",
+            lambda: f"lookup(**{{'q': {e(STR, d)}}})",
+            lambda: f"str({e(BOX, d)}.value)",
+            lambda: f"'{{}}-{{}}'.format({e(ANY, d)}, {e(INT, 0)})",
+            lambda: f"', '.join(sorted({{{e(STR, d)} for _ in {self.iterable(0)[0]}}}))",
         ]
 
     def _bool(self, d: int) -> list[Callable[[], str]]:
@@ -423,6 +442,26 @@ class Writer:
             lambda: f"hold({e(BOX, d)})",
         ]
 
+    def _docs(self, d: int) -> list[Callable[[], str]]:
+        e = self.e
+        return [
+            *self.common(DOCS, d),
+            lambda: self.search(d),
+            lambda: self.search(d),
+            lambda: self.search(d),
+            lambda: f"({e(DOCS, d)} + {e(DOCS, d)})",
+            lambda: f"{e(DOCS, d)}[{self.pick(':1', '1:')}]",
+        ]
+
+    def _doc(self, d: int) -> list[Callable[[], str]]:
+        return [lambda: f"{self.e(DOCS, d)}[0]", lambda: f"note({self.e(DOC, d)})", lambda: self.literal(DOC)]
+
+    def search(self, d: int) -> str:
+        if self.fn.is_async and getattr(self, "no_await", 0):
+            return "Docs()"
+        k = self.pick("", ", k=1", ", k=2", ", 2", f", k={self.e(INT, 0)}")
+        return self.op(f"docs.search({self.e(STR, d)}{k})", d)
+
     def gathered(self, kind: str, d: int) -> str:
         if not self.fn.is_async or getattr(self, "no_await", 0):
             return self.e(kind, d)
@@ -463,6 +502,11 @@ class Writer:
             lambda: (f"{e(DICT, d)}.items()", {a: STR, b: INT}),
             lambda: (e(NESTED, d), {a: INTS}),
             lambda: (e(DICT, d), {a: STR}),
+            lambda: (e(DOCS, d), {a: DOC}),
+            lambda: (e(DOCS, d), {a: DOC}),
+            lambda: (f"enumerate({e(DOCS, d)}, 1)", {a: INT, b: DOC}),
+            lambda: (f"zip({e(DOCS, d)}, {e(STRS, d)})", {a: DOC, b: STR}),
+            lambda: (f"map(double, {e(INTS, d)})", {a: INT}),
             lambda: (f"({e(INT, d)}, {e(INT, d)})", {a: INT}),
         ]
         return self.rng.choice(options)()
@@ -552,7 +596,7 @@ class Writer:
         name = self.target()
         if self.p(0.05):
             other = self.target()
-            self.put(f"{other} = {name} = {self.e(kind)}")
+            self.put(f"{other} = {name} = {self.e(kind) if not self.p(0.4) else self.literal(kind)}")
             self.bind(other, kind)
         elif self.p(0.06) and kind in ANNOTATIONS:
             self.put(f"{name}: {ANNOTATIONS[kind]} = {self.e(kind)}")
@@ -653,6 +697,14 @@ class Writer:
     def _store(self) -> None:
         box = self.read(BOX)
         mapping = self.read(DICT)
+        if mapping and self.p(0.2):
+            self.put(f"{mapping}['x'] = {mapping}.get('x', 0)")
+            self.put(f"{mapping}['x'] += {self.plain_e(INT)}")
+            return
+        if box and self.p(0.1):
+            self.put(f"{box}.value = 1")
+            self.put(f"{box}.value += {self.plain_e(INT)}")
+            return
         if box and self.p(0.5):
             self.put(f"{box}.value = {self.e(ANY)}" if self.p(0.6) else f"{box}[{self.e(INT, 1)}] = {self.e(ANY, 1)}")
         elif mapping:
@@ -743,15 +795,18 @@ class Writer:
         self.bind(counter, INT)
         results = [(dict(self.fn.vars), set(self.fn.maybe))]
         self.fn.loops += 1
-        form = self.rng.randrange(3)
+        form = self.rng.randrange(4)
         header = {
             0: f"while {counter} > 0:",
             1: f"while {counter} > 0 and {self.test(1)}:",
             2: f"while ({counter} := {counter} - 1) > 0:",
+            3: "while True:",
         }[form]
         with self.block(header), self.scope(results):
             if form != 2:
                 self.put(f"{counter} -= 1")
+            if form == 3:
+                self.put(f"if {counter} < 1: {self.pick('break', 'break', self.return_())}")
             self.body(3)
             if self.p(0.2):
                 self.put(f"if {self.test(1)}: {self.pick('break', 'continue', self.return_())}")
@@ -935,7 +990,7 @@ class Writer:
         is_async = self.p(0.3)
         self.lines += [
             "from tests.program_world import *", "", "GLOBAL = 5", "WIDTH = 4", "WORD = 'word'", "BOX = Box(1)", "CONST_INTS = [5, 6]",
-            "CONST_WORDS = ['k', 'l']", "OPTIONS = ('yes', 'no')", "", "",
+            "CONST_WORDS = ['k', 'l']", "ONE_DOC = Docs([Doc(1, 'one', 0.5, 's', 'T')])", "OPTIONS = ('yes', 'no')", "", "",
         ]  # fmt: skip
         if self.p(0.1):
             self.recursive()
