@@ -1,4 +1,4 @@
-"""Opens an LLM backend by its name, the one in configuration: `reader`, `hf`, `replay` or `record`."""
+"""Opens an LLM backend by its name, the one in configuration: `reader`, `engine`, `hf`, `replay` or `record`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ __all__ = ["BACKENDS", "open_llm"]
 
 BACKENDS: dict[str, tuple[str, str]] = {  # name -> (class, what it is)
     "reader": ("reader:ReaderBackend", "the bundled extractive answerer; no model"),
-    "hf": ("hf:HFBackend", "a Hugging Face model from a folder or the hub; needs flowc[local]"),
+    "engine": ("paged.backend:open_engine", "a Hugging Face model on the paged engine; needs flowc[local]"),
+    "hf": ("hf:HFBackend", "the same model through transformers' own attention, in padded batches"),
     "replay": ("replay:ReplayBackend", "answers from a recording"),
     "record": ("replay:RecordingBackend", "another backend, with its calls written to a recording"),
 }
@@ -24,7 +25,7 @@ BACKENDS: dict[str, tuple[str, str]] = {  # name -> (class, what it is)
 def open_llm(backend: str = "reader", **options: Any) -> LLMBackend:
     """The backend of that name, opened with `options`; the caller closes it.
 
-    `record` takes `path`, `inner` (the name of the backend to record: by default "hf" if a `model` is given, else
+    `record` takes `path`, `inner` (the name of the backend to record: by default "engine" if a `model` is given, else
     "reader") and the options of `inner`. Raises `ConfigError` for an unknown name or option and for a library that is
     not installed, and what the backend raises for a bad value.
     """
@@ -35,7 +36,7 @@ def open_llm(backend: str = "reader", **options: Any) -> LLMBackend:
         path = options.pop("path", None)
         if path is None:
             raise ConfigError("the LLM backend 'record' needs the option 'path'", hint="name the JSONL file to write")
-        inner = options.pop("inner", "hf" if "model" in options else "reader")
+        inner = options.pop("inner", "engine" if "model" in options else "reader")
         opened = open_llm(inner, **options)
         try:
             recording: LLMBackend = make(opened, path)

@@ -7,8 +7,8 @@ Three places, the weaker first; each key is taken from the strongest place that 
 3. flags of the command line.
 
     [llm.default]
-    backend = "hf"                  # "reader" where no model is named
     model = "models/tiny"           # a folder, relative to this file, or a hub id
+    backend = "engine"              # the default where a model is named; "reader" where none is
 
     [index.pydocs]
     path = "indexes/pydocs"
@@ -58,10 +58,12 @@ def _options() -> Any:
 class LLMConfig:
     """`[llm.NAME]`: what `LLM("NAME")` runs on."""
 
-    backend: str = _key(str, "what answers", "reader", choices=("reader", "hf", "replay", "record"))
-    model: str | None = _key(str, "a model folder (relative to the file) or a hub id; for `hf`", None)
+    backend: str = _key(str, "what answers", "reader", choices=("reader", "engine", "hf", "replay", "record"))
+    model: str | None = _key(str, "a model folder (relative to the file) or a hub id; for `engine` and `hf`", None)
     recording: Path | None = _key(Path, "the file of recorded calls; for `replay` and `record`", None)
-    inner: str | None = _key(str, "the backend whose calls are recorded; for `record`", None, choices=("reader", "hf"))
+    inner: str | None = _key(
+        str, "the backend whose calls are recorded; for `record`", None, choices=("reader", "engine", "hf")
+    )
     device: str | None = _key(str, "`cpu`, `cuda`, `cuda:1`; absent: the best there is", None)
     dtype: str | None = _key(str, "precision of the weights", None, choices=("float32", "bfloat16", "float16", "auto"))
     max_batch: int | None = _key(int, "most requests in one backend call", None, least=1)
@@ -360,12 +362,16 @@ T = TypeVar("T")
 
 
 def _checked(kind: type[T], table: Mapping[str, Any], entry: _Entry) -> T:
+    if kind is LLMConfig and table.get("model") is not None and "backend" not in table:
+        table = {**table, "backend": "engine"}
     made = kind(**table)
     if isinstance(made, LLMConfig):
         name = ".".join(entry.path[:2])
-        if made.backend == "hf" and not made.model:
+        if made.backend in ("engine", "hf") and not made.model:
             raise _error(
-                f"[{name}] has backend `hf` and no `model`", entry, 'add `model = "..."`: a model folder or a hub id'
+                f"[{name}] has backend `{made.backend}` and no `model`",
+                entry,
+                'add `model = "..."`: a model folder or a hub id',
             )
         if made.backend in ("replay", "record") and made.recording is None:
             raise _error(

@@ -659,7 +659,7 @@ def test_a_wrong_model_path(cli: Flowc, tmp_path: Path) -> None:
 @pytest.mark.models
 def test_a_tiny_model_is_written_and_runs(cli: Flowc, tmp_path: Path) -> None:
     assert cli("model", "tiny", "tiny", "--vocab", "300", "--json").json["path"].endswith("tiny")
-    (tmp_path / "flowc.toml").write_text('[llm.default]\nbackend = "hf"\nmodel = "tiny"\n')
+    (tmp_path / "flowc.toml").write_text('[llm.default]\nmodel = "tiny"\n')
     (tmp_path / "say.py").write_text(
         "from flowc import LLM, workflow\nllm = LLM()\n@workflow\n"
         "def say(x: str) -> str:\n    return llm.generate(x, max_tokens=4)\n"

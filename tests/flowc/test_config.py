@@ -29,6 +29,16 @@ def test_nothing_configured_is_the_defaults(tmp_path: Path) -> None:
     assert not config.embedder
 
 
+def test_a_named_model_runs_on_the_engine_unless_said_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    write(tmp_path, '[llm.a]\nmodel = "m"\n[llm.b]\nmodel = "m"\nbackend = "hf"\n[llm.c]\nmax_batch = 2\n')
+    assert {n: c.backend for n, c in load_config(tmp_path, environ={}).llm.items()} == {
+        "a": "engine",
+        "b": "hf",
+        "c": "reader",
+    }
+
+
 def test_a_whole_file(tmp_path: Path) -> None:
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     path = write(

@@ -1,7 +1,7 @@
 """Attention over the paged cache, as a function that transformers' models call instead of their own.
 
-A step packs the new tokens of all sequences into one row. For every layer the function writes their keys and values into
-their blocks and lets each sequence attend to its own blocks. What belongs to which sequence is in the step's
+A step packs the new tokens of all sequences into one row. For every layer the function writes their keys and values
+into their blocks and lets each sequence attend to its own blocks. What belongs to which sequence is in the step's
 `Layout`, handed over in a thread-local: some architectures drop keyword arguments on the way.
 
 This is the CPU path: one scaled-dot-product call a sequence over its gathered blocks, which measured faster there than
@@ -26,7 +26,7 @@ NAME = "flowc_paged"
 
 @dataclass(slots=True)
 class Span:
-    """The new tokens of one sequence in a step: `rows` of the packed row; its cache holds `length` tokens, these included."""
+    """The new tokens of one sequence in a step: `rows` of the packed row; its cache holds `length` tokens with them."""
 
     rows: slice
     length: int
@@ -77,10 +77,11 @@ def paged_attention(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention outputs of shape (1, tokens, heads, value_dim) for query (1, heads, tokens, dim), key and value (1, kv_heads, ...).
+    """Attention outputs of shape (1, tokens, heads, value_dim), for query (1, heads, tokens, dim).
 
-    `sliding_window` W lets position p see (p - W, p]; `softcap` squashes scores (Gemma 2); `s_aux` are sink logits, one a
-    head (GPT-OSS). Rotary embedding has been applied by the model.
+    `key` and `value`, of shape (1, kv_heads, tokens, ...), are those of the packed tokens and go into the cache.
+    `sliding_window` W lets position p see (p - W, p]; `softcap` squashes scores (Gemma 2); `s_aux` are sink logits,
+    one a head (GPT-OSS). Rotary embedding has been applied by the model.
     """
     layout = _current.layout
     assert layout is not None, "paged attention outside a step"
@@ -117,7 +118,7 @@ def _attend(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention of one sequence: q (heads, new, dim) are its last tokens, k and v (kv_heads, cached, dim) all that it may see."""
+    """Attention of one sequence: q (heads, new, dim) of its last tokens, k and v (kv_heads, cached, dim) of all."""
     heads, new, _ = q.shape
     kv_heads, cached, _ = k.shape
     group = heads // kv_heads

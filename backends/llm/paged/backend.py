@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Hashable, Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from flowc.ir.errors import ResourceError
+from flowc.ir.errors import FlowcError, ResourceError
 from flowc.runtime.protocols import BackendInfo, ChooseRequest, GenerateRequest, Generation, IsCancelled, OnText
 
 from ..common import check_choice
-from ..hf import HFBackend, _Row
+from ..hf import HFBackend
+from ..local import LocalBackend, LocalModel
+from ..rows import Row
+from ..sampling import pick
 from .engine import Engine
-from .model import PagedModel
+from .model import NotPagedError, PagedModel
 from .sequence import Sequence as TokenSequence
+
+__all__ = ["PagedBackend", "open_engine"]
 
 
 class _Call:
@@ -42,15 +48,15 @@ class _Call:
 class _Generating:
     """Takes the tokens of one generation."""
 
-    def __init__(self, backend: PagedBackend, row: _Row, is_cancelled: IsCancelled | None, call: _Call) -> None:
-        self.backend, self.row, self.is_cancelled, self.call = backend, row, is_cancelled, call
+    def __init__(self, row: Row, ends: frozenset[int], is_cancelled: IsCancelled | None, call: _Call) -> None:
+        self.row, self.ends, self.is_cancelled, self.call = row, ends, is_cancelled, call
 
-    def next_token(self, sequence: TokenSequence, logits: torch.Tensor) -> int | None:
-        row = self.row
-        (token,) = self.backend._pick([row], logits.unsqueeze(0))
-        row.accept(token, self.backend._end_tokens)
-        row.check(self.is_cancelled)
-        return None if row.is_done else token
+    def accept(self, sequence: TokenSequence, token: int) -> bool:
+        self.row.accept(token, self.ends)
+        return self.is_wanted(sequence)
+
+    def targets(self, sequence: TokenSequence) -> list[int]:
+        raise AssertionError("a generation is not scored")
 
     def is_wanted(self, sequence: TokenSequence) -> bool:
         self.row.check(self.is_cancelled)
@@ -69,11 +75,11 @@ class _Scoring:
         self.option, self.call = option, call
         self.error: Exception | None = None
 
+    def accept(self, sequence: TokenSequence, token: int) -> bool:
+        raise AssertionError("a scored sequence decodes nothing")
+
     def targets(self, sequence: TokenSequence) -> list[int]:
         return self.option
-
-    def next_token(self, sequence: TokenSequence, logits: torch.Tensor) -> int | None:
-        raise AssertionError("a scored sequence decodes nothing")
 
     def is_wanted(self, sequence: TokenSequence) -> bool:
         return True
@@ -83,19 +89,30 @@ class _Scoring:
         self.call.one_ended()
 
 
-class PagedBackend(HFBackend):
-    """A local Hugging Face model on the paged engine. Loading, sampling, stops and errors are those of `HFBackend`.
+def _pick(sequences: list[TokenSequence], logits: torch.Tensor) -> list[int]:
+    rows = [s.owner.row for s in sequences if isinstance(s.owner, _Generating)]
+    return pick(rows, logits)
 
-    `kv_blocks` blocks of `block_size` tokens hold the cache; by default as many as `max_sequences` sequences of 1,024 tokens need.
-    `max_step_tokens` bounds a step: smaller keeps tokens flowing while long prompts come in, larger gets prompts done sooner.
-    Raises `ResourceError` F067 for an architecture that the engine would run wrongly (see `model.why_not_paged`).
+
+class PagedBackend(LocalBackend):
+    """A causal language model on the paged engine.
+
+    `model` names it, see `LocalModel` for this and for what can be wrong with it, or is a `LocalModel` (then `dtype`,
+    `device`, `threads`, `revision` and `name` are its own). `kv_blocks` blocks of `block_size` tokens hold the cache;
+    by default as many as `max_sequences` sequences of 1,024 tokens need. `max_step_tokens` bounds a step: smaller
+    keeps tokens flowing while long prompts come in, larger gets prompts done sooner. `max_batch` bounds the requests of
+    one call, `max_calls` the calls that may be in flight at once; their requests join the running batch.
+
+    Greedy decoding in float32 gives the tokens of `model.generate(do_sample=False)` but for exact ties. Raises
+    `NotPagedError`, a `ResourceError` F067, for an architecture that the engine would run wrongly. A single request
+    fails with F068 where its prompt exceeds the model's context and with F069 where it exceeds the cache.
     """
 
-    max_calls = 64  # calls that may be in flight at once: they join the running batch
+    max_calls = 64
 
     def __init__(
         self,
-        model: str | os.PathLike[str],
+        model: str | os.PathLike[str] | LocalModel,
         dtype: str = "float32",
         device: str | None = None,
         max_batch: int = 64,
@@ -108,29 +125,26 @@ class PagedBackend(HFBackend):
         revision: str | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(model, dtype, device, max_batch, threads, revision=revision, name=name)
-        self._paged = PagedModel(self._model, self.name)
-        context = min(self._context or 1024, 1024)
-        blocks = kv_blocks or max_sequences * -(-context // block_size) + 1
+        local = model if isinstance(model, LocalModel) else LocalModel(model, dtype, device, threads, revision, name)
+        super().__init__(local)
+        self.max_batch = max_batch
+        self._lock = threading.Lock()
+        context = min(local.context or 1024, 1024)
         self.engine = Engine(
-            self._paged, blocks=blocks, block_size=block_size, max_step_tokens=max_step_tokens, max_sequences=max_sequences
-        )  # fmt: skip
-
-    def _probe(self) -> str:
-        return ""  # nothing is padded here; PagedModel has a probe of its own
+            PagedModel(local.model, self.name),
+            blocks=kv_blocks or max_sequences * -(-context // block_size) + 1,
+            block_size=block_size,
+            max_step_tokens=max_step_tokens,
+            max_sequences=max_sequences,
+            pick=_pick,
+        )
 
     def info(self) -> BackendInfo:
-        """What `HFBackend` says, with the cache's size and the tokens that were computed and reused so far."""
-        known = super().info()
+        """What `flowc doctor` and the trace say: the model, the cache's size, the tokens computed and reused so far."""
         stats = self.engine.stats
-        cache: dict[str, Any] = {
-            "kv_tokens": self.engine.capacity_tokens,
-            **{n: getattr(stats, n) for n in stats.__slots__},
-        }
-        return BackendInfo(known.name, known.kind, {**known.detail, **cache})
-
-    def batch_key(self, request: GenerateRequest) -> Hashable:
-        return self.name
+        cache: dict[str, Any] = {"kv_tokens": self.engine.capacity_tokens}
+        cache |= {n: getattr(stats, n) for n in stats.__slots__}
+        return BackendInfo(self.name, self.kind, self._details() | cache)
 
     def generate(
         self,
@@ -138,13 +152,17 @@ class PagedBackend(HFBackend):
         on_text: OnText | None = None,
         is_cancelled: IsCancelled | None = None,
     ) -> Sequence[Generation | Exception]:
-        """Completes every request; see `HFBackend.generate`. Calls from several threads share the engine's steps."""
-        self._open()
+        """Completes every request; see `LLMBackend.generate`. Calls from several threads share the engine's steps.
+
+        The answer is cut at the end of the model's context if `max_tokens` reaches beyond it (finish reason "length").
+        Lone surrogates in a prompt are read as U+FFFD. `completion_tokens` counts the end token or stop string too.
+        """
+        self._check_open()
         results: dict[int, Generation | Exception] = {}
-        rows: list[_Row] = []
+        rows: list[Row] = []
         for item, request in enumerate(requests):
-            row = self._row(item, request, on_text)
-            if isinstance(row, Exception):
+            row = self.local.row(item, request, on_text)
+            if isinstance(row, FlowcError):
                 results[item] = row
             elif row.limit == 0:
                 results[item] = Generation("", len(row.ids), 0, "length")
@@ -153,13 +171,58 @@ class PagedBackend(HFBackend):
             else:
                 rows.append(row)
         call = _Call(len(rows))
-        self.engine.submit(
-            TokenSequence(list(row.ids), 0, limit=row.limit, owner=_Generating(self, row, is_cancelled, call))
-            for row in rows
+        ends = self.local.end_tokens
+        self._run(
+            call,
+            [TokenSequence(list(row.ids), _Generating(row, ends, is_cancelled, call), limit=row.limit) for row in rows],
         )
-        call.wait()
         results.update((row.item, row.result()) for row in rows)
         return [results[item] for item in range(len(requests))]
+
+    def choose(self, requests: Sequence[ChooseRequest]) -> Sequence[int | Exception]:
+        """The option with the highest total log-probability as a continuation of its prompt; see `HFBackend.choose`.
+
+        Options are prefilled behind their prompt, which is computed once; nothing is decoded.
+        """
+        self._check_open()
+        results: dict[int, int | Exception] = {}
+        asked: list[tuple[int, list[int], list[list[int]]]] = []
+        for item, request in enumerate(requests):
+            error: Exception | None = check_choice(request)
+            if error is None:
+                ids = self.local.encode(request.prompt)
+                options = [self.local.encode(o, special=False) for o in request.options]
+                longest = len(ids) + max(map(len, options))
+                if self.local.context is not None and longest > self.local.context:
+                    error = self.local.too_long(longest)
+                elif longest >= self.engine.capacity_tokens:
+                    error = self._does_not_fit(longest)
+                else:
+                    asked.append((item, ids, options))
+                    continue
+            results[item] = error
+        call = _Call(sum(len(options) for _, _, options in asked))
+        scored: dict[int, list[tuple[_Scoring, TokenSequence]]] = {}
+        for item, ids, options in asked:
+            owners = [_Scoring(option, call) for option in options]
+            scored[item] = [(o, TokenSequence(ids + o.option[:-1], o, scored=len(ids))) for o in owners]
+        self._run(call, [sequence for pairs in scored.values() for _, sequence in pairs])
+        for item, pairs in scored.items():
+            failed = next((owner.error for owner, _ in pairs if owner.error is not None), None)
+            results[item] = failed or max(range(len(pairs)), key=lambda i: pairs[i][1].log_probability)
+        return [results[item] for item in range(len(requests))]
+
+    def close(self) -> None:
+        """Ends the engine's thread and frees the model and the cache. Calls in flight end with a `ResourceError`."""
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                self.engine.close()
+                self.local.free()
+
+    def _run(self, call: _Call, sequences: Iterable[TokenSequence]) -> None:
+        self.engine.submit(sequences)
+        call.wait()
 
     def _does_not_fit(self, tokens: int) -> ResourceError:
         return ResourceError(
@@ -168,43 +231,32 @@ class PagedBackend(HFBackend):
             hint="give the backend more kv_blocks, or shorten the prompt",
         )
 
-    def choose(self, requests: Sequence[ChooseRequest]) -> Sequence[int | Exception]:
-        """As `HFBackend.choose`. Options are prefilled behind their shared prompt; nothing is decoded."""
-        self._open()
-        results: dict[int, int | Exception] = {}
-        asked: list[tuple[int, list[TokenSequence]]] = []
-        for item, request in enumerate(requests):
-            error: Exception | None = check_choice(request)
-            if error is not None:
-                results[item] = error
-                continue
-            ids = self._encode(request.prompt)
-            options = [self._encode(o, special=False) for o in request.options]
-            longest = len(ids) + max(map(len, options))
-            if self._context is not None and longest > self._context:
-                results[item] = self._too_long(longest)
-            elif longest >= self.engine.capacity_tokens:
-                results[item] = self._does_not_fit(longest)
-            else:
-                asked.append(
-                    (
-                        item,
-                        [TokenSequence(ids + o[:-1], 0, scored=len(ids), owner=_Scoring(o, _Call(0))) for o in options],
-                    )
-                )
-        call = _Call(sum(len(s) for _, s in asked))
-        for _, sequences in asked:
-            for s in sequences:
-                s.owner.call = call
-        self.engine.submit(s for _, sequences in asked for s in sequences)
-        call.wait()
-        for item, sequences in asked:
-            failed = next((s.owner.error for s in sequences if s.owner.error is not None), None)
-            results[item] = failed or max(range(len(sequences)), key=lambda i: sequences[i].log_probability)
-        return [results[item] for item in range(len(requests))]
 
-    def close(self) -> None:
-        """Ends the engine's thread and frees the model and the cache."""
-        if not self._closed:
-            self.engine.close()
-        super().close()
+def open_engine(
+    model: str | os.PathLike[str],
+    dtype: str = "float32",
+    device: str | None = None,
+    max_batch: int = 64,
+    threads: int | None = None,
+    *,
+    kv_blocks: int | None = None,
+    block_size: int = 16,
+    max_step_tokens: int = 256,
+    max_sequences: int = 32,
+    revision: str | None = None,
+    name: str | None = None,
+) -> PagedBackend | HFBackend:
+    """The model on the paged engine; one that the engine refuses on `HFBackend`, with a warning that says why."""
+    local = LocalModel(model, dtype, device, threads, revision, name)
+    try:
+        return PagedBackend(
+            local,
+            max_batch=max_batch,
+            kv_blocks=kv_blocks,
+            block_size=block_size,
+            max_step_tokens=max_step_tokens,
+            max_sequences=max_sequences,
+        )
+    except NotPagedError as refusal:
+        warnings.warn(f"{refusal.message}; it runs through plain generation instead", stacklevel=2)
+        return HFBackend(local, max_batch=min(max_batch, 16), why=refusal.message)

@@ -1,13 +1,13 @@
 """The step loop: continuous batching with chunked prefill over a paged, shared KV cache.
 
-Each step takes the next token of every decoding sequence and fills the rest of a token budget with chunks of prompts, so
-that a long prompt never stops the others. A sequence starts from the longest cached prefix of its tokens; one whose next
-block another sequence is just computing waits for that block instead of computing it again, so that a fan-out prefills its
-common prefix once. When blocks run out, cached ones that nobody uses go first; then the sequence of the lowest rank gives its
-blocks back and is computed again later.
+Each step takes the next token of every decoding sequence and fills the rest of a token budget with chunks of prompts,
+so that a long prompt never stops the others. A sequence starts from the longest cached prefix of its tokens; one whose
+next block another sequence is just computing waits for that block instead of computing it again, so that a fan-out
+prefills its common prefix once. When blocks run out, cached ones that nobody uses go first; then the sequence of the
+lowest rank gives its blocks back and is computed again later.
 
-Yu et al., "Orca", OSDI 2022 (iteration-level scheduling); Agrawal et al., "Sarathi-Serve", OSDI 2024 (chunked prefill beside
-decode); Zheng et al., "SGLang", 2024 (prefix tree).
+Yu et al., "Orca", OSDI 2022 (iteration-level scheduling); Agrawal et al., "Sarathi-Serve", OSDI 2024 (chunked prefill
+beside decode); Zheng et al., "SGLang", 2024 (prefix tree).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -27,18 +26,14 @@ from .prefix_tree import Node, PrefixTree
 from .sequence import Sequence
 
 
-class Owner(Protocol):
-    """Who asked for a sequence. Called from the engine's thread, between steps."""
+def greedy(sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
+    """The likeliest token of every sequence."""
+    tokens: list[int] = logits.argmax(-1).tolist()
+    return tokens
 
-    def next_token(self, sequence: Sequence, logits: torch.Tensor) -> int | None:
-        """The token that continues the sequence, given logits of shape (vocab,); None: it ends here."""
-        ...
 
-    def is_wanted(self, sequence: Sequence) -> bool:
-        """Does anybody still wait for it?"""
-        ...
-
-    def ended(self, sequence: Sequence, error: Exception | None) -> None: ...
+BlockKey = tuple[Node | None, tuple[int, ...]]
+Picker = Callable[[list[Sequence], torch.Tensor], list[int]]
 
 
 @dataclass(slots=True)
@@ -56,7 +51,10 @@ class Stats:
 
 
 class Engine:
-    """Runs sequences over one model. Thread-safe: `submit` from anywhere, everything else happens on the engine's thread."""
+    """Runs sequences over one model. `submit` may be called from anywhere, the rest happens on the engine's thread.
+
+    `pick` chooses the next tokens of the sequences that decode, from logits of shape (sequences, vocab).
+    """
 
     def __init__(
         self,
@@ -66,7 +64,7 @@ class Engine:
         block_size: int = 16,
         max_step_tokens: int = 256,
         max_sequences: int = 64,
-        on_step: Callable[[Engine], None] | None = None,
+        pick: Picker = greedy,
     ) -> None:
         self.model = model
         self.pool = model.new_pool(blocks, block_size)
@@ -77,7 +75,7 @@ class Engine:
         self.stats = Stats()
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
-        self._on_step = on_step
+        self._pick = pick
         self._inbox: list[Sequence] = []
         self._wake = threading.Condition()
         self._arrivals = 0
@@ -147,6 +145,7 @@ class Engine:
             return
         logits = self._forward(batch)
         self.stats.steps += 1
+        decoding: list[tuple[Sequence, torch.Tensor]] = []
         for (s, count), table in zip(batch, logits, strict=True):
             if s.computed >= s.prompt_tokens:
                 self.stats.decode_tokens += count
@@ -160,13 +159,14 @@ class Engine:
                 if not s.pending:
                     self._finish(s, None)
                 continue
-            token = s.owner.next_token(s, table[-1])
-            if token is None:
-                self._finish(s, None)
-            else:
-                s.tokens.append(token)
-        if self._on_step is not None:
-            self._on_step(self)
+            decoding.append((s, table[-1]))
+        if decoding:
+            rows = torch.stack([row for _, row in decoding])
+            for (s, _), token in zip(decoding, self._pick([s for s, _ in decoding], rows), strict=True):
+                if s.owner.accept(s, token):
+                    s.tokens.append(token)
+                else:
+                    self._finish(s, None)
 
     # -- choosing what to run
     def _schedule(self) -> list[tuple[Sequence, int]]:
@@ -182,10 +182,11 @@ class Engine:
                 batch.append((s, count))
                 budget -= count
         self.waiting.sort(key=lambda s: s.rank)
+        computing = {key for s in self.running if (key := self._next_block(s, len(s.nodes))) is not None}
         for s in list(self.waiting):
             if budget <= 0 or len(self.running) >= self.max_sequences:
                 break
-            if not self._admit(s):
+            if not self._admit(s, computing):
                 continue
             count = min(s.pending, budget)
             if not self._make_room(s, count, may_preempt=False):
@@ -198,20 +199,26 @@ class Engine:
             self.running.append(s)
             batch.append((s, count))
             budget -= count
+            following = self._next_block(s, len(s.nodes))
+            if following is not None:
+                computing.add(following)
         return [(s, n) for s, n in batch if s in self.running]
 
-    def _admit(self, s: Sequence) -> bool:
-        """Gives a waiting sequence its cached prefix, unless it should wait for one that is being computed."""
+    def _next_block(self, s: Sequence, at: int, nodes: list[Node] | None = None) -> BlockKey | None:
+        """What names the block after the first `at` of a sequence: the node above and its tokens; None if not full."""
+        start = at * self.block_size
+        tokens = tuple(s.tokens[start : start + self.block_size])
+        above = s.nodes if nodes is None else nodes
+        return (above[at - 1] if at else None, tokens) if len(tokens) == self.block_size else None
+
+    def _admit(self, s: Sequence, computing: set[BlockKey]) -> bool:
+        """Gives a waiting sequence its cached prefix, unless it should wait for a block that is being computed."""
         nodes = self.tree.match(s.tokens, s.reusable)
         at = len(nodes) * self.block_size
-        following = tuple(s.tokens[at : at + self.block_size])
-        if len(following) == self.block_size and at + self.block_size <= s.reusable:
-            above = nodes[-1] if nodes else None
-            for other in self.running:
-                if len(other.nodes) == len(nodes) and (other.nodes[-1] if other.nodes else None) is above:
-                    if tuple(other.tokens[at : at + self.block_size]) == following:
-                        self.stats.waits_for_prefix += 1
-                        return False
+        following = self._next_block(s, len(nodes), nodes)
+        if following in computing and at + self.block_size <= s.reusable:
+            self.stats.waits_for_prefix += 1
+            return False
         need = -(-(len(s.tokens) + s.limit // 2) // self.block_size) - len(nodes)
         held = sum(1 for n in nodes if not n.holders)
         if self.running and self.pool.free + self.tree.evictable - held < need:
@@ -338,11 +345,10 @@ class Engine:
         """The invariants of pool and tree, for tests: every reference has an owner."""
         self.pool.check()
         owners = [0] * len(self.pool.references)
-        pending = list(self.tree.root.children.values())
-        while pending:
-            node = pending.pop()
+        nodes = list(self.tree.nodes())
+        for node in nodes:
             owners[node.block] += 1
-            pending.extend(node.children.values())
+        assert (self.tree.size, self.tree.evictable) == (len(nodes), sum(not n.holders for n in nodes))
         for s in self.running:
             for b in s.blocks[len(s.nodes) :]:
                 owners[b] += 1

@@ -1,8 +1,8 @@
 """A transformers model that runs packed steps over the paged cache, and the check that it really does.
 
-An architecture that does not call the attention interface, keeps a recurrent state, or lets neighbours change each other's
-positions would give wrong text without a word. So a model is refused unless its configuration is known to be safe and a
-probe step shows every layer calling the interface once.
+An architecture that does not call the attention interface, keeps a recurrent state, or lets neighbours change each
+other's positions would give wrong text without a word. So a model is refused unless its configuration is known to be
+safe and a probe step shows every layer calling the interface once.
 """
 
 from __future__ import annotations
@@ -31,8 +31,15 @@ class Shape:
     head_dim: int
 
 
+class NotPagedError(ResourceError):
+    """The engine would run this architecture wrongly. Plain generation runs it."""
+
+
 class PagedModel:
-    """A causal language model under paged attention. `forward` runs one packed step and gives the logits of chosen rows."""
+    """A causal language model under paged attention: `forward` runs one packed step.
+
+    Raises `NotPagedError` for a model that must not run so, which is then left as it was.
+    """
 
     def __init__(self, model: Any, name: str) -> None:
         self.model = model
@@ -42,22 +49,32 @@ class PagedModel:
         if reason:
             raise self._refused(reason)
         attention.register()
+        before = model.config._attn_implementation
         model.set_attn_implementation(attention.NAME)
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
-        self.shape = self._probe()
+        try:
+            self.shape = self._probe()
+        except BaseException:
+            model.set_attn_implementation(before)  # whoever runs it instead finds it as it was
+            raise
 
     def new_pool(self, blocks: int, block_size: int) -> KVPool:
         """A pool of this model's shape."""
-        s = self.shape
         return KVPool(
-            blocks, layers=s.layers, block_size=block_size, kv_heads=s.kv_heads, head_dim=s.head_dim, dtype=self.dtype, device=self.device
-        )  # fmt: skip
+            blocks,
+            layers=self.shape.layers,
+            block_size=block_size,
+            kv_heads=self.shape.kv_heads,
+            head_dim=self.shape.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     def forward(
         self, tokens: Sequence[int], positions: Sequence[int], layout: Layout, rows: Sequence[int]
     ) -> torch.Tensor:
-        """Logits, of shape (len(rows), vocab), of the packed tokens at `rows`; their keys and values go into the cache."""
+        """Logits, of shape (len(rows), vocab), of the tokens at `rows`; keys and values of all go into the cache."""
         with attention.use(layout):
             out = self.model(
                 input_ids=torch.tensor([list(tokens)], device=self.device),
@@ -90,17 +107,16 @@ class PagedModel:
             with torch.inference_mode():
                 self.forward([0, 0, 0], [0, 1, 2], layout, [2])
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as e:
-            raise self._refused(
-                f"its attention does not fit the paged cache ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
-            ) from e
+            what = next(iter(str(e).splitlines()), "")
+            raise self._refused(f"its attention does not fit the paged cache ({type(e).__name__}: {what})") from e
         if sorted(layout.seen_layers) != list(range(layers)):
             raise self._refused(
                 f"{len(set(layout.seen_layers))} of its {layers} layers use transformers' attention interface"
             )
         return Shape(layers, kv_heads, head_dim)
 
-    def _refused(self, reason: str) -> ResourceError:
-        return ResourceError(
+    def _refused(self, reason: str) -> NotPagedError:
+        return NotPagedError(
             f"the paged engine cannot run {self.name}: {reason}",
             code="F067",
             hint='use backend = "hf", which runs it through plain transformers generation',

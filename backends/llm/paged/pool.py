@@ -1,8 +1,8 @@
 """The KV cache as blocks: one tensor, block first, with reference counts.
 
-Layout `[blocks, layers, 2, block_size, kv_heads, head_dim]`: a block is one contiguous piece of memory over all layers, so
-that moving it between tiers is one copy (vLLM's offloading connector found 4-5x in that alone). Block 0 is never handed out: rows
-that must write somewhere write there.
+Layout `[blocks, layers, 2, block_size, kv_heads, head_dim]`: a block is one contiguous piece of memory over all layers,
+so that moving it between tiers is one copy (vLLM's offloading connector found 4-5x in that alone). Block 0 is never
+handed out: rows that must write somewhere write there.
 
 Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", SOSP 2023, section 4.
 """

@@ -1,8 +1,7 @@
 """Which token blocks are cached: a radix tree over exact tokens, a node per full block.
 
 A child is found by its tokens themselves, so there are no hash collisions. Requests hold the nodes that they use; what
-nobody holds may be evicted, leaves first. Which leaf goes first is the policy's business (`victim_order`); without hints
-the one that was used longest ago.
+nobody holds may be evicted, leaves first, the one that was used longest ago before the others.
 
 Zheng et al., "SGLang: Efficient Execution of Structured Language Model Programs", 2024, section 3.
 """
@@ -10,7 +9,7 @@ Zheng et al., "SGLang: Efficient Execution of Structured Language Model Programs
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from .pool import KVPool
 
@@ -38,6 +37,7 @@ class PrefixTree:
         self.pool = pool
         self.root = Node((), 0, None)
         self.size = 0  # nodes, the root aside
+        self.evictable = 0  # nodes that nobody holds: whoever holds a node holds its ancestors, so all of these can go
         self._clock = 0
         self._leaves: list[tuple[int, int, Node]] = []  # (last use, tie, node): stale entries are skipped
         self._ties = 0
@@ -59,6 +59,7 @@ class PrefixTree:
         """A request uses these nodes: they stay."""
         self._clock += 1
         for node in nodes:
+            self.evictable -= not node.holders
             node.holders += 1
             node.last_use = self._clock
 
@@ -67,6 +68,7 @@ class PrefixTree:
         self._clock += 1
         for node in nodes:
             node.holders -= 1
+            self.evictable += not node.holders
             node.last_use = self._clock
             if not node.holders and not node.children:
                 self._offer(node)
@@ -83,6 +85,7 @@ class PrefixTree:
             node = above.children[tokens] = Node(tokens, block, above)
             self.pool.share(block)
             self.size += 1
+            self.evictable += 1
         self.hold([node])
         return node
 
@@ -100,21 +103,19 @@ class PrefixTree:
             node.parent = None
             self.pool.release([node.block])
             self.size -= 1
+            self.evictable -= 1
             freed += 1
             if parent is not self.root and not parent.holders and not parent.children:
                 self._offer(parent)
         return freed
 
-    @property
-    def evictable(self) -> int:
-        """How many blocks eviction could free: nodes that nobody holds (whoever holds a node holds its ancestors)."""
-        count = 0
+    def nodes(self) -> Iterator[Node]:
+        """All nodes, the root aside."""
         pending = list(self.root.children.values())
         while pending:
             node = pending.pop()
-            count += not node.holders
+            yield node
             pending.extend(node.children.values())
-        return count
 
     def _offer(self, node: Node) -> None:
         self._ties += 1

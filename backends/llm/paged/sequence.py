@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 from .prefix_tree import Node
+
+
+class Owner(Protocol):
+    """Who asked for a sequence. Called from the engine's thread, between steps."""
+
+    def accept(self, sequence: Sequence, token: int) -> bool:
+        """Takes the next decoded token; does the sequence go on?"""
+        ...
+
+    def targets(self, sequence: Sequence) -> list[int]:
+        """The tokens whose probabilities a scored sequence is for: the first is at position `sequence.scored`."""
+        ...
+
+    def is_wanted(self, sequence: Sequence) -> bool:
+        """Does anybody still wait for it?"""
+        ...
+
+    def ended(self, sequence: Sequence, error: Exception | None) -> None:
+        """The sequence is done, was no longer wanted, or failed."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """Tokens to compute and to continue. `computed` of them have their keys and values in `blocks`.
 
-    The first `len(nodes)` blocks belong to the prefix tree, the others to this sequence alone. A sequence to be scored has
-    `scored` set: the position of the first token whose probability is asked; nothing is decoded then.
+    The first `len(nodes)` blocks belong to the prefix tree, the others to this sequence alone. A sequence to be scored
+    has `scored` set: the position of the first token whose probability is asked; nothing is decoded then.
     """
 
     tokens: list[int]
-    order: int  # of arrival
+    owner: Owner
+    order: int = 0  # of arrival
     priority: float = 0.0  # lower goes first
     limit: int = 0  # most tokens to decode
     scored: int | None = None
-    owner: Any = None  # what takes the tokens: see Engine
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)

@@ -158,7 +158,7 @@ def _embedder(config: Any, deep: bool) -> str:
 
 
 def _llm(config: Any, deep: bool) -> str:
-    if config.backend == "hf" and config.model is not None and os.path.isabs(config.model):
+    if config.backend in ("engine", "hf") and config.model is not None and os.path.isabs(config.model):
         folder = Path(config.model)
         if not folder.is_dir():
             raise FlowcError(f"there is no model folder {folder}")

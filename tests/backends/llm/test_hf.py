@@ -224,15 +224,22 @@ def test_sampling_depends_on_the_seed_and_not_on_the_neighbours(llm: HFBackend) 
 def test_sampling_follows_the_probabilities() -> None:
     import torch
 
-    from flowc.backends.llm.hf import sample_token, uniform
+    from flowc.backends.llm.sampling import sample_tokens, uniform
 
     logits = torch.log(torch.tensor([0.1, 0.5, 0.05, 0.35]))
-    drawn = [sample_token(logits, 1.0, 1.0, 0, uniform(5, n)) for n in range(4000)]
+
+    def sample(temperature: float, top_p: float, top_k: int, draws: list[float]) -> list[int]:
+        n = len(draws)
+        return sample_tokens(logits.repeat(n, 1), [temperature] * n, [top_p] * n, [top_k] * n, draws)
+
+    drawn = sample(1.0, 1.0, 0, [uniform(5, n) for n in range(4000)])
     for token, p in enumerate([0.1, 0.5, 0.05, 0.35]):
         assert abs(drawn.count(token) / 4000 - p) < 4 * (p * (1 - p) / 4000) ** 0.5
-    assert {sample_token(logits, 1.0, 0.8, 0, uniform(5, n)) for n in range(300)} == {1, 3}
-    assert {sample_token(logits, 1.0, 1.0, 1, uniform(5, n)) for n in range(50)} == {1}
-    assert sample_token(logits, 1e-4, 1.0, 0, 0.999999) == 1
+    assert set(sample(1.0, 0.8, 0, [uniform(5, n) for n in range(300)])) == {1, 3}
+    assert set(sample(1.0, 1.0, 1, [uniform(5, n) for n in range(50)])) == {1}
+    assert sample(1e-4, 1.0, 0, [0.999999]) == [1]
+    mixed = sample_tokens(logits.repeat(4, 1), [1.0, 1e-4, 1.0, 9.0], [1.0, 1.0, 0.4, 1.0], [0, 0, 0, 3], [0.999] * 4)
+    assert mixed == [2, 1, 1, 0], "every row follows its own rules"
     assert all(0 <= uniform(s, n) < 1 for s in (0, 1, 2**64 - 1) for n in range(100))
 
 
@@ -266,7 +273,8 @@ def test_choose_equals_naive_scoring(folder: Path, reference: tuple[Any, Any], m
     assert llm.choose(requests) == expected
     assert len(set(expected)) > 1
     asked = [
-        (i, llm._encode(r.prompt), [llm._encode(o, special=False) for o in r.options]) for i, r in enumerate(requests)
+        (i, llm.local.encode(r.prompt), [llm.local.encode(o, special=False) for o in r.options])
+        for i, r in enumerate(requests)
     ]
     import torch
 
@@ -498,7 +506,7 @@ def test_bfloat16_runs_and_closing_is_final(folder: Path) -> None:
 
 
 def test_detokenizer_never_shows_half_a_character() -> None:
-    from flowc.backends.llm.hf import Detokenizer
+    from flowc.backends.llm.rows import Detokenizer
 
     def decode(ids: list[int]) -> str:
         return bytes(ids).decode("utf-8", "replace")

@@ -238,7 +238,7 @@ def test_the_factory_opens_by_name(tmp_path: Path) -> None:
 def test_the_factory_explains_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'reader'"):
         open_llm("raeder")
-    with pytest.raises(ConfigError, match="there are: reader, hf, replay, record"):
+    with pytest.raises(ConfigError, match="there are: reader, engine, hf, replay, record"):
         open_llm("gpt-17")
     with pytest.raises(ConfigError, match="did you mean 'max_batch'"):
         open_llm("reader", max_bach=3)
@@ -252,11 +252,12 @@ def test_the_factory_explains_mistakes(tmp_path: Path) -> None:
 
 
 @pytest.mark.models
-def test_the_factory_checks_the_options_of_hf() -> None:
+@pytest.mark.parametrize("backend", ["engine", "hf"])
+def test_the_factory_checks_the_options_of_models(backend: str) -> None:
     with pytest.raises(ConfigError, match="needs the option 'model'"):
-        open_llm("hf")
+        open_llm(backend)
     with pytest.raises(ConfigError, match="did you mean 'dtype'"):
-        open_llm("hf", model="m", dtyp="float32")
+        open_llm(backend, model="m", dtyp="float32")
 
 
 def test_a_missing_library_is_named(root: Path) -> None:
@@ -279,7 +280,7 @@ def test_nothing_heavy_is_imported(root: Path) -> None:
     env = {"PYTHONPATH": str(root / "src")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert done.stdout.strip() == "[]"
-    assert set(BACKENDS) == {"reader", "hf", "replay", "record"}
+    assert set(BACKENDS) == {"reader", "engine", "hf", "replay", "record"}
 
 
 # What all share

@@ -1,4 +1,4 @@
-"""The engine writes the tokens that `model.generate` writes, whatever the schedule: architectures, chunks, blocks, pressure."""
+"""The engine writes the tokens that `model.generate` writes, whatever the architecture, schedule and pressure."""
 
 from __future__ import annotations
 
@@ -80,9 +80,13 @@ def reference(name: str) -> tuple[Any, list[list[int]], list[list[int]]]:
             for p in prompts:
                 ids = torch.tensor([p])
                 got = model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True,
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=NEW,
+                    do_sample=False,
+                    return_dict_in_generate=True,
                     output_scores=True,
-                )  # fmt: skip
+                )
                 top = torch.stack([s[0].topk(2).values for s in got.scores])
                 assert float((top[:, 0] - top[:, 1]).min()) > 1e-5, "a tie: choose another seed"
                 outs.append(got.sequences[0, len(p) :].tolist())
@@ -100,9 +104,9 @@ class Greedy:
         self.is_cancelled = False
         self.has_ended = False
 
-    def next_token(self, sequence: Sequence, logits: Any) -> int | None:
-        self.tokens.append(int(logits.argmax()))
-        return self.tokens[-1] if len(self.tokens) < self.limit else None
+    def accept(self, sequence: Sequence, token: int) -> bool:
+        self.tokens.append(token)
+        return len(self.tokens) < self.limit
 
     def is_wanted(self, sequence: Sequence) -> bool:
         return not self.is_cancelled
@@ -113,6 +117,11 @@ class Greedy:
     def ended(self, sequence: Sequence, error: Exception | None) -> None:
         assert not self.has_ended, "told twice"
         self.has_ended, self.error = True, error
+
+
+def owner(sequence: Sequence) -> Greedy:
+    assert isinstance(sequence.owner, Greedy)
+    return sequence.owner
 
 
 def engine_for(model: Any, name: str, **options: Any) -> Engine:
@@ -137,7 +146,7 @@ def drive(engine: Engine, arrivals: list[list[Sequence]], until: int = 2000) -> 
 
 
 def sequence(prompt: list[int], limit: int = NEW) -> Sequence:
-    return Sequence(list(prompt), 0, limit=limit, owner=Greedy(limit))
+    return Sequence(list(prompt), Greedy(limit), limit=limit)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -146,11 +155,11 @@ def test_tokens_are_those_of_generate(name: str) -> None:
     engine = engine_for(model, name)
     sequences = [sequence(p) for p in prompts]
     drive(engine, [sequences])
-    assert [s.owner.tokens for s in sequences] == expected
+    assert [owner(s).tokens for s in sequences] == expected
     again = [sequence(p) for p in prompts]  # now with everything cached
     before = engine.stats.reused_tokens
     drive(engine, [again])
-    assert [s.owner.tokens for s in again] == expected
+    assert [owner(s).tokens for s in again] == expected
     assert engine.stats.reused_tokens > before
 
 
@@ -162,7 +171,7 @@ def test_chunks_and_blocks_change_nothing(name: str, chunk: int, block_size: int
     engine = engine_for(model, name, block_size=block_size, blocks=1024 // block_size, max_step_tokens=chunk)
     sequences = [sequence(p) for p in prompts]
     drive(engine, [sequences])
-    assert [s.owner.tokens for s in sequences] == expected
+    assert [owner(s).tokens for s in sequences] == expected
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -181,7 +190,7 @@ def test_any_arrival_under_pressure(seed: int) -> None:
         model, "qwen3", block_size=4, blocks=rng.choice([26, 40]), max_step_tokens=rng.choice([5, 32]), max_sequences=8
     )
     drive(engine, arrivals)
-    assert [s.owner.tokens for s in sequences] == [expected[i] for i in jobs]
+    assert [owner(s).tokens for s in sequences] == [expected[i] for i in jobs]
     assert engine.stats.evicted_blocks > 0
     assert engine.pool.free + engine.tree.size == engine.pool.usable
 
@@ -191,7 +200,7 @@ def test_a_preempted_sequence_is_computed_again() -> None:
     engine = engine_for(model, "qwen3", block_size=4, blocks=18, max_step_tokens=64, max_sequences=8)
     sequences = [sequence(prompts[i]) for i in (3, 2, 2, 1)]
     drive(engine, [sequences])
-    assert [s.owner.tokens for s in sequences] == [expected[i] for i in (3, 2, 2, 1)]
+    assert [owner(s).tokens for s in sequences] == [expected[i] for i in (3, 2, 2, 1)]
     assert engine.stats.preemptions > 0
 
 
@@ -214,14 +223,14 @@ def test_a_cancelled_sequence_gives_its_blocks_back_and_disturbs_nobody() -> Non
         engine.waiting += sequences
         for n in range(400):
             if n == 6:
-                sequences[1].owner.is_cancelled = sequences[5].owner.is_cancelled = True
+                owner(sequences[1]).is_cancelled = owner(sequences[5]).is_cancelled = True
             if not engine.waiting and not engine.running:
                 break
             engine.step()
             engine.check()
-    assert all(s.owner.has_ended for s in sequences)
+    assert all(owner(s).has_ended for s in sequences)
     for i in (0, 2, 3, 4, 6):
-        assert sequences[i].owner.tokens == expected[i]
+        assert owner(sequences[i]).tokens == expected[i]
     assert engine.pool.free + engine.tree.size == engine.pool.usable
 
 
@@ -230,9 +239,9 @@ def test_what_cannot_fit_is_an_error_of_its_own() -> None:
     engine = engine_for(model, "llama", blocks=5, block_size=4, max_step_tokens=64)
     big, small = sequence(prompts[3]), sequence(prompts[1], 4)
     drive(engine, [[big, small]])
-    assert isinstance(big.owner.error, ResourceError)
-    assert "KV cache" in str(big.owner.error)
-    assert small.owner.tokens == expected[1][:4]
+    assert isinstance(owner(big).error, ResourceError)
+    assert "KV cache" in str(owner(big).error)
+    assert owner(small).tokens == expected[1][:4]
 
 
 @pytest.mark.parametrize(
