@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class MapResult(list[T]):
-    """Results in the order of their inputs. A failed input's error stands in its place; `errors` has them by position."""
+    """Results in the order of their inputs. A failed input's error stands in its place; `errors` has them all."""
 
     def __init__(self, outcomes: Iterable[Any]) -> None:
         self.outcomes = tuple(outcomes)

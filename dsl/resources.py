@@ -36,7 +36,7 @@ class Resource:
 
 @dataclass(frozen=True)
 class LLM(Resource):
-    """A language model (or a stand-in). `LLM("default")` is what `[llm.default]` in flowc.toml says; else the bundled reader."""
+    """A language model (or a stand-in): what `[llm.NAME]` in flowc.toml says; "default" else is the bundled reader."""
 
     name: str = "default"
     operations: ClassVar[Mapping[str, str]] = {
@@ -58,13 +58,20 @@ class LLM(Resource):
         seed: int | None = None,
         timeout: float | None = None,
     ) -> str:
-        """What the model writes after `prompt`: at most `max_tokens` tokens (default 256), greedy unless `temperature` is above 0.
+        """What the model writes after `prompt`.
 
-        `timeout` is in seconds; past it NodeTimeoutError is raised.
+        At most `max_tokens` tokens (default 256), greedy unless `temperature` is above 0. `timeout` is in seconds; past
+        it NodeTimeoutError is raised.
         """
         options = {
-            "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "stop": stop, "seed": seed, "timeout": timeout,
-        }  # fmt: skip
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "stop": stop,
+            "seed": seed,
+            "timeout": timeout,
+        }
         result: str = self._request("generate", (prompt,), options)
         return result
 
@@ -80,10 +87,17 @@ class LLM(Resource):
         seed: int | None = None,
         timeout: float | None = None,
     ) -> str:
-        """The next message of a conversation of `{"role": ..., "content": ...}` messages, as `generate` over `chat_prompt(messages)`."""
+        """The next message of a conversation of `{"role": ..., "content": ...}`: `generate` over its `chat_prompt`."""
         return self.generate(
-            chat_prompt(messages), max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop, seed=seed, timeout=timeout
-        )  # fmt: skip
+            chat_prompt(messages),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            stop=stop,
+            seed=seed,
+            timeout=timeout,
+        )
 
     def choose(self, prompt: str, options: Sequence[str], *, timeout: float | None = None) -> str:
         """The one of `options` that continues `prompt` best; ties go to the first."""
