@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 from flowc.ir.errors import CaptureError, InputError
+from flowc.ir.tracebacks import clean
 from flowc.ir.types import ANY, Type
 
 from .host import EAGER, Executable, Host, MapResult, eager_mode, host
@@ -50,13 +51,21 @@ class Runner(Generic[P, R]):
     def run(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The result; blocks."""
         values = self.bind(args, kwargs)
-        result: R = self.executable(values).run(values)
+        try:
+            result: R = self.executable(values).run(values)
+        except BaseException as error:
+            clean(error)
+            raise
         return result
 
     async def aio(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The result, under the running event loop; cancelling the awaiting task cancels the program."""
         values = self.bind(args, kwargs)
-        result: R = await self.executable(values).run_async(values)
+        try:
+            result: R = await self.executable(values).run_async(values)
+        except BaseException as error:
+            clean(error)
+            raise
         return result
 
     def stream(self, *args: P.args, **kwargs: P.kwargs) -> Iterator[str]:
@@ -80,10 +89,10 @@ class Runner(Generic[P, R]):
     ) -> MapResult[R]:
         """The results for many inputs, in their order; at most `concurrency` programs run at a time.
 
-        An input is the argument of a workflow with one parameter, else a tuple of arguments or a dict by name. An input that
-        fails does not stop the others: the error stands in its place, and `.errors` has them by position. `timeout` is in
-        seconds for each program. `progress` shows a bar on stderr (default: if it is a terminal); `on_done(position,
-        outcome)` is called as each one ends.
+        An input is the argument of a workflow with one parameter, else a tuple of arguments or a dict by name. An input
+        that fails does not stop the others: the error stands in its place, and `.errors` has them by position.
+        `timeout` is in seconds for each program. `progress` shows a bar on stderr (default: if it is a terminal);
+        `on_done(position, outcome)` is called as each one ends.
         """
         rows = [self.row(x) for x in inputs]
         run = self._executable_for_all(rows)
@@ -138,7 +147,7 @@ class Workflow(Runner[P, R]):
         self.fn: Any = fn
         self.name = name or fn.__name__
         self.signature = _signature(fn)
-        self.is_async = inspect.iscoroutinefunction(fn)
+        self.is_async: bool = inspect.iscoroutinefunction(fn)
         self.opt = opt
         self.max_iterations = max_iterations
         self._declared = parameter_types(self.signature)
@@ -151,7 +160,11 @@ class Workflow(Runner[P, R]):
             return self._eager_call(*args, **kwargs)
         if self.is_async:
             return self.aio(*args, **kwargs)  # type: ignore[return-value]
-        return self.run(*args, **kwargs)
+        try:
+            return self.run(*args, **kwargs)
+        except BaseException as error:
+            clean(error)
+            raise
 
     def _eager_call(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_async or EAGER.get() == "sync":
@@ -161,7 +174,7 @@ class Workflow(Runner[P, R]):
         return _finished(result) if self.__flowc_agent__ else result
 
     def eager(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """What plain Python returns: the undecorated function, one blocking call after another. Of an `async def` an awaitable."""
+        """What plain Python returns, one blocking call after another; of an `async def` an awaitable of it."""
         if not self.is_async:
             with eager_mode("sync"):
                 result: R = self.fn(*args, **kwargs)
@@ -177,7 +190,8 @@ class Workflow(Runner[P, R]):
         return self._capture(self._declared if types is None else types)
 
     def compile(self, opt: int | None = None, passes: str | None = None) -> CompiledWorkflow[P, R]:
-        """A plan at this optimisation level (default: the configuration's, 2), or by these passes (`"cse,dce"`); callable like the workflow."""
+        """A plan, callable like the workflow: at a level (default: the configuration's, 2), or by passes (`"cse,dce"`).
+        """
         return CompiledWorkflow(self, self.opt if opt is None else opt, passes)
 
     def explain(self) -> str:
@@ -200,7 +214,7 @@ class Workflow(Runner[P, R]):
         )
 
     def specialise(self, types: tuple[Type, ...], opt: int | None, passes: str | None) -> Executable:
-        """The executable for arguments of these types; compiled once, and again when a global that it relies on changed."""
+        """The executable for arguments of these types; compiled again when a global that it relies on changed."""
         graph = self._capture(types)
         key = (types, opt, passes)
         found = self._compiled.get(key)
@@ -249,7 +263,11 @@ class CompiledWorkflow(Runner[P, R]):
         self._main: Any = workflow.specialise(self._declared, opt, passes)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self.aio(*args, **kwargs) if self.is_async else self.run(*args, **kwargs)  # type: ignore[return-value]
+        try:
+            return self.aio(*args, **kwargs) if self.is_async else self.run(*args, **kwargs)  # type: ignore[return-value]
+        except BaseException as error:
+            clean(error)
+            raise
 
     def eager(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """What plain Python returns."""
@@ -263,7 +281,7 @@ class CompiledWorkflow(Runner[P, R]):
 
     @property
     def compilation(self) -> Any:
-        """The graph as captured, after each pass and at the end, with the remarks: a `flowc.passes.manager.Compilation`."""
+        """The graph as captured, after each pass and at the end, with remarks: `passes.manager.Compilation`."""
         return self._main.compilation
 
     @property

@@ -7,47 +7,17 @@ that stands at the operation's line, as Jinja2 does for templates.
 from __future__ import annotations
 
 import ast
-import os
 from functools import lru_cache
-from types import CodeType, FrameType, TracebackType
+from types import CodeType, TracebackType
 
 from flowc.ir.errors import FlowcError, Loc
+from flowc.ir.tracebacks import clean, without_own_frames
 
-SHOW_ALL = bool(os.environ.get("FLOWC_FULL_TRACEBACK"))  # for those who debug flowc itself
+__all__ = ["blame", "chain", "clean", "with_frame_at", "without_own_frames"]
 
 
 class _Here(Exception):
     pass
-
-
-def _is_own(frame: FrameType) -> bool:
-    name = str(frame.f_globals.get("__name__", ""))
-    return name == "flowc" or name.startswith("flowc.")
-
-
-def without_own_frames(tb: TracebackType | None) -> TracebackType | None:
-    """The traceback less the frames of flowc. The same object if there are none.
-
-    In a function that must not show up itself, set `error.__traceback__` to this and end with a bare `raise`: that
-    adds no frame.
-    """
-    if SHOW_ALL:
-        return tb
-    kept: list[TracebackType] = []
-    dropped = False
-    here = tb
-    while here is not None:
-        if _is_own(here.tb_frame):
-            dropped = True
-        else:
-            kept.append(here)
-        here = here.tb_next
-    if not dropped:
-        return tb
-    result: TracebackType | None = None
-    for entry in reversed(kept):
-        result = TracebackType(result, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
-    return result
 
 
 @lru_cache(maxsize=1024)
@@ -72,11 +42,6 @@ def with_frame_at(tb: TracebackType | None, loc: Loc | None, function: str) -> T
         if frame is not None:
             return TracebackType(tb, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
     return tb
-
-
-def clean(error: BaseException) -> None:
-    """Takes the frames of flowc out of the error's traceback."""
-    error.__traceback__ = without_own_frames(error.__traceback__)
 
 
 def blame(error: BaseException, label: str | None, loc: Loc | None, function: str, workflow: str) -> None:

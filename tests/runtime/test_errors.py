@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from flowc import workflow
 from flowc.ir.builder import Builder
 from flowc.ir.core import Graph, Scope
 from flowc.ir.errors import Loc, LoopLimitError, OperationTypeError, ResourceError
@@ -304,3 +305,18 @@ def test_system_exit_is_nobodys_exception() -> None:
     error = fails(b.finish(v))
     assert isinstance(error, SystemExit)
     assert error.code == 3
+
+
+@workflow
+def failing(x: str) -> int:
+    found = int(x)
+    return 1 // found
+
+
+def test_a_workflow_fails_as_plain_python_does() -> None:
+    def seen(call: Any) -> list[tuple[str, int | None, str]]:
+        with pytest.raises(ZeroDivisionError) as caught:
+            call("0")
+        return frames(caught.value)[1:]
+
+    assert seen(failing) == seen(failing.fn)
