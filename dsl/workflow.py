@@ -161,7 +161,8 @@ class Workflow(Runner[P, R]):
         if self.is_async:
             return self.aio(*args, **kwargs)  # type: ignore[return-value]
         try:
-            return self.run(*args, **kwargs)
+            result: R = self.run(*args, **kwargs)
+            return result
         except BaseException as error:
             clean(error)
             raise
