@@ -8,7 +8,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from flowc.ir.types import (
-    ANY, BOOL, BYTES, DOC, DOCS, FLOAT, INT, NONE, TEXT, Type, accepts, is_immutable, sequence_of, tuple_of, type_of,
+    ANY,
+    BOOL,
+    BYTES,
+    DOC,
+    DOCS,
+    FLOAT,
+    INT,
+    NONE,
+    TEXT,
+    Type,
+    accepts,
+    is_immutable,
+    sequence_of,
+    tuple_of,
+    type_of,
 )  # fmt: skip
 
 _ANNOTATED: dict[Any, Type] = {
@@ -23,7 +37,7 @@ _ANNOTATED: dict[Any, Type] = {
 
 
 def annotation_type(annotation: Any) -> Type:
-    """The IR type of an annotation, as far as a call site may rely on it: immutable scalars, documents, lists, tuples."""
+    """The IR type of an annotation, as far as a call may rely on it: immutable scalars, documents, lists, tuples."""
     if annotation is inspect.Parameter.empty:
         return ANY
     try:
@@ -51,15 +65,20 @@ def parameter_types(signature: inspect.Signature) -> tuple[Type, ...]:
 
 
 def argument_types(signature_types: Sequence[Type], args: Sequence[Any]) -> tuple[Type, ...]:
-    """The types to compile for: what is annotated where the argument agrees, what the argument is where nothing is, else `any`."""
+    """The types to compile for.
+
+    What is annotated where the argument agrees, what the argument is where nothing is, else `any`.
+    """
     found = []
     for declared, value in zip(signature_types, args, strict=True):
         actual = type_of(value)
         if declared == actual:
             found.append(declared)
-        elif declared != ANY and accepts(declared, actual) and is_immutable(actual):
-            found.append(actual)
-        elif actual.name == "sequence" or is_immutable(actual):
+        elif (
+            (declared != ANY and accepts(declared, actual) and is_immutable(actual))
+            or actual.name == "sequence"
+            or is_immutable(actual)
+        ):
             found.append(actual)
         else:
             found.append(ANY)

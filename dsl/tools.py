@@ -14,8 +14,8 @@ R = TypeVar("R")
 class Tool(Generic[P, R]):
     """A function with declared effects. Calling it calls the function; in a workflow it becomes a `tool` operation.
 
-    A name in `reads` or `writes` stands for a state of the outside world ("db", "cache"): two tools keep their program order if
-    one writes what the other reads or writes. A tool that declares neither is ordered like any other Python.
+    A name in `reads` or `writes` stands for a state of the outside world ("db", "cache"): two tools keep their program
+    order if one writes what the other reads or writes. A tool that declares neither is ordered like any other Python.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Tool(Generic[P, R]):
         return f"<tool {self.name}{self.signature}>"
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
-        return self if instance is None else functools.partial(self.fn, instance)
+        return self if instance is None else functools.partial(self.fn, instance)  # type: ignore[arg-type]
 
 
 @overload
@@ -82,7 +82,9 @@ def tool(
     name: str | None = None,
     description: str | None = None,
 ) -> Tool[P, R] | Callable[[Callable[P, R]], Tool[P, R]]:
-    """Declares a function as a tool: a step of its own, with effects, a `timeout` in seconds and `retries` if it is idempotent.
+    """Declares a function as a tool: a step of its own, with effects.
+
+    `timeout` is in seconds; `retries` say how often to try again after an error, and need `idempotent`.
 
     @tool(reads="weather", timeout=2.0, idempotent=True, retries=2)
     async def forecast(city: str) -> str: ...
@@ -109,5 +111,6 @@ def pure(fn: F) -> F:
 
     The compiler may then move it, share it and run it beside other Python. The declaration is trusted.
     """
-    fn.__flowc_pure__ = True  # type: ignore[attr-defined]
+    marked: Any = fn
+    marked.__flowc_pure__ = True
     return fn

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,7 +34,6 @@ from flowc.ir.verifier import verify
 from flowc.passes.manager import PASSES, PIPELINES, PassManager, parse_pipeline, pipeline
 from flowc.runtime.engine import Runtime
 from flowc.runtime.plan import build_plan
-from flowc.runtime.reference import interpret
 
 from . import program_world as world
 from .programs import Program, generate, reduce
@@ -75,12 +75,19 @@ def clean_text(text: str) -> str:
 def described_error(error: BaseException, filename: str) -> Any:
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == filename]
     cause = error.__cause__
-    inner = [described_error(e, filename)[:2] for e in error.exceptions] if isinstance(error, BaseExceptionGroup) else None
+    inner = (
+        [described_error(e, filename)[:2] for e in error.exceptions] if isinstance(error, BaseExceptionGroup) else None
+    )
     if isinstance(error, UnboundLocalError) and sys.version_info < (3, 12):
         lines = []  # CPython 3.11's STORE_FAST__LOAD_FAST, once warm, blames the line of the store
+    kind = type(error).__name__
     message = error.message if isinstance(error, FlowcError) else str(error)
+    free = re.fullmatch(r"cannot access free variable ('\w+') where it is not associated with .*", message)
+    if free:  # inside a comprehension, which is a function of its own before Python 3.12 (PEP 709)
+        kind, message = "UnboundLocalError", f"cannot access local variable {free[1]} where it is not associated with a value"
+        lines = []
     return (
-        type(error).__name__, clean_text(message), lines[-1] if lines else None, inner,
+        kind, clean_text(message), lines[-1] if lines else None, inner,
         None if cause is None else (type(cause).__name__, str(cause)), error.__suppress_context__,
     )  # fmt: skip
 
@@ -99,7 +106,7 @@ class Loaded:
         self.path = Path(Loaded.folder.name) / f"{name}.py"
         self.path.write_text(program.source, encoding="utf-8")
         spec = importlib.util.spec_from_file_location(name, self.path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
         self.module: ModuleType = importlib.util.module_from_spec(spec)
         sys.modules[name] = self.module
         self.module.__dict__["__builtins__"] = __builtins__
@@ -171,10 +178,14 @@ def random_pipeline(rng: random.Random) -> str:
     """A random order of passes. `fuse-py` and what needs it comes last, as the pass asks."""
     names = [n for n in PASSES if n not in ("fuse-py", "wavefront")]
     chosen = [rng.choice(names) for _ in range(rng.randrange(1, 7))]
-    return ",".join([*chosen, *(["fuse-py"] if rng.random() < 0.4 else []), *(["wavefront"] if rng.random() < 0.3 else [])])
+    return ",".join(
+        [*chosen, *(["fuse-py"] if rng.random() < 0.4 else []), *(["wavefront"] if rng.random() < 0.3 else [])]
+    )
 
 
-def differences(program: Program, runtime: Runtime, rng: random.Random, ways: Sequence[str] = WAYS) -> Iterator[Difference]:
+def differences(
+    program: Program, runtime: Runtime, rng: random.Random, ways: Sequence[str] = WAYS
+) -> Iterator[Difference]:
     """Everything in which a compiled run differs from the eager one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -183,6 +194,10 @@ def differences(program: Program, runtime: Runtime, rng: random.Random, ways: Se
             yield from _differences(loaded, runtime, rng, ways)
         finally:
             loaded.close()
+
+
+def _interpret(graph: Graph, args: tuple[Any, ...]) -> Any:
+    return world.interpret_graph(graph, args)
 
 
 def _differences(loaded: Loaded, runtime: Runtime, rng: random.Random, ways: Sequence[str]) -> Iterator[Difference]:
@@ -221,22 +236,23 @@ def _differences(loaded: Loaded, runtime: Runtime, rng: random.Random, ways: Seq
             text = random_pipeline(rng) if how == "random passes" else ""
             name = f"{how} {text}".strip()
             shown: Graph = graph
+            run: Callable[[tuple[Any, ...]], Any] = partial(_interpret, graph)
             try:
                 if how != "reference":
                     steps = pipeline(int(how[2:])) if how.startswith("-O") else parse_pipeline(text)
                     compilation = PassManager(steps, verify_each=True).run(graph)
                     shown = compilation.graph
-                    plan = build_plan(shown)
+                    run = partial(runtime.run, build_plan(shown), timeout_s=5)
             except Exception as e:
                 yield Difference(f"{name}: {''.join(traceback.format_exception(e))}", call, None, None, shown)
                 continue
             if how != "reference" and shown is graph and how != "-O0":
                 continue
-            found = loaded.outcome(
-                call, (lambda a: interpret(graph, a, world.Backends())) if how == "reference" else (lambda a: runtime.run(plan, a, timeout_s=5))
-            )
+            found = loaded.outcome(call, run)
             if how == "reference" and found.error is not None and expected.error is not None:
-                found = replace(found, error=(*found.error[:2], expected.error[2], *found.error[3:]))  # it shows no lines
+                found = replace(
+                    found, error=(*found.error[:2], expected.error[2], *found.error[3:])
+                )  # it shows no lines
             if found != expected:
                 yield Difference(name, call, expected, found, shown)
                 break
@@ -289,7 +305,9 @@ def has_forgotten_await(program: Program) -> bool:
     tree = ast.parse(program.source)
     covered: set[int] = set()
     for n in ast.walk(tree):
-        if isinstance(n, ast.Await) or (isinstance(n, ast.Call) and ast.unparse(n.func).endswith(("create_task", "gather"))):
+        if isinstance(n, ast.Await) or (
+            isinstance(n, ast.Call) and ast.unparse(n.func).endswith(("create_task", "gather"))
+        ):
             covered.update(id(x) for x in ast.walk(n))
     names = ("llm.", "docs.", "alookup", "aget", "aput", "anote", "helper")
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func).startswith(names)]

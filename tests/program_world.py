@@ -1,4 +1,5 @@
-"""The world that generated workflows run in: helpers, tools, states and backends whose every answer follows from the request.
+"""The world that generated workflows run in: helpers, tools, states and backends whose every answer follows from the
+request.
 
 What happens is written to `LOG` as (state, what): "py" for opaque Python, else the state that a tool declares to write.
 """
@@ -333,7 +334,44 @@ class DirectHost:
 
 
 __all__ = [
-    "HELD", "LOG", "STATE", "Backends", "Box", "DirectHost", "Doc", "Docs", "Guarded", "OwnError", "aget", "alookup", "anote", "aput", "apply",
-    "asyncio", "boom", "cut", "declared_int", "docs", "double", "each", "get", "halve", "hold", "liar", "llm", "log", "lookup",
-    "note", "parse_int", "poke", "put", "reset", "same", "send", "stir", "tick", "tool", "workflow",
+    "HELD",
+    "LOG",
+    "STATE",
+    "Backends",
+    "Box",
+    "DirectHost",
+    "Doc",
+    "Docs",
+    "Guarded",
+    "OwnError",
+    "aget",
+    "alookup",
+    "anote",
+    "apply",
+    "aput",
+    "asyncio",
+    "boom",
+    "cut",
+    "declared_int",
+    "docs",
+    "double",
+    "each",
+    "get",
+    "halve",
+    "hold",
+    "liar",
+    "llm",
+    "log",
+    "lookup",
+    "note",
+    "parse_int",
+    "poke",
+    "put",
+    "reset",
+    "same",
+    "send",
+    "stir",
+    "tick",
+    "tool",
+    "workflow",
 ]  # fmt: skip

@@ -1,4 +1,5 @@
-"""Random workflows as Python source: every construct of the language, nested, with effects, errors, aliases and unbound variables.
+"""Random workflows as Python source: every construct of the language, nested, with effects, errors, aliases and unbound
+variables.
 
 `generate(rng)` draws a module that runs in `tests.program_world`. The draws come from anything that has the methods of
 `random.Random`, so that a seed repeats a program and hypothesis can shrink one. Programs are mostly well typed: one
@@ -68,6 +69,8 @@ class Writer:
         self.fn = Function(False)
         self.workflows: list[Signature] = []
         self.counter = 0
+        self.no_await = 0  # inside a lambda or generator
+        self.no_walrus = 0
 
     # -- draws
     def p(self, chance: float) -> bool:
@@ -176,7 +179,7 @@ class Writer:
         return found
 
     def walrus(self, kind: str, depth: int) -> str:
-        if self.fn.holds or getattr(self, "no_walrus", 0):
+        if self.fn.holds or self.no_walrus:
             return self.e(kind, depth)
         name = self.target()
         text = f"({name} := {self.e(kind, depth)})"
@@ -187,7 +190,9 @@ class Writer:
         return text
 
     def called(self, kind: str, depth: int) -> str | None:
-        fits = [w for w in self.workflows if w.result == kind and (not w.is_async or self.fn.is_async) and not getattr(self, "no_await", 0)]
+        fits = [
+            w for w in self.workflows if w.result == kind and (not w.is_async or self.fn.is_async) and not self.no_await
+        ]
         fits = [w for w in fits if not w.is_recursive]
         if not fits:
             return None
@@ -209,7 +214,7 @@ class Writer:
     @contextmanager
     def plain(self) -> Iterator[None]:
         """Inside: no await and no walrus (a lambda, a generator)."""
-        a, w = getattr(self, "no_await", 0), getattr(self, "no_walrus", 0)
+        a, w = self.no_await, self.no_walrus
         self.no_await, self.no_walrus = a + 1, w + 1
         yield
         self.no_await, self.no_walrus = a, w
@@ -218,7 +223,7 @@ class Writer:
     def inner(self, **names: str) -> Iterator[None]:
         """Inside: comprehension variables."""
         saved = dict(self.fn.vars), set(self.fn.maybe)
-        w = getattr(self, "no_walrus", 0)
+        w = self.no_walrus
         self.no_walrus = w + 1
         for n, k in names.items():
             self.bind(n, k)
@@ -228,7 +233,7 @@ class Writer:
 
     def op(self, sync: str, depth: int) -> str:
         """A resource call, awaited where it must be; plain Python where that cannot be."""
-        if self.fn.is_async and getattr(self, "no_await", 0):
+        if self.fn.is_async and self.no_await:
             return "'no op'"
         return self.await_(sync)
 
@@ -398,7 +403,11 @@ class Writer:
             lambda: f"list({e(STR, d)}[:4])",
             lambda: f"list({e(DICT, d)})",
             lambda: f"hold({e(STRS, d)})",
-            lambda: f"list({self.op(f'docs.search({e(STR, d)}, k=2)', d)}.texts)" if not (self.fn.is_async and getattr(self, "no_await", 0)) else "['t']",
+            lambda: (
+                f"list({self.op(f'docs.search({e(STR, d)}, k=2)', d)}.texts)"
+                if not (self.fn.is_async and self.no_await)
+                else "['t']"
+            ),
             lambda: self.gather_list(d),
         ]
 
@@ -457,20 +466,22 @@ class Writer:
         return [lambda: f"{self.e(DOCS, d)}[0]", lambda: f"note({self.e(DOC, d)})", lambda: self.literal(DOC)]
 
     def search(self, d: int) -> str:
-        if self.fn.is_async and getattr(self, "no_await", 0):
+        if self.fn.is_async and self.no_await:
             return "Docs()"
         k = self.pick("", ", k=1", ", k=2", ", 2", f", k={self.e(INT, 0)}")
         return self.op(f"docs.search({self.e(STR, d)}{k})", d)
 
     def gathered(self, kind: str, d: int) -> str:
-        if not self.fn.is_async or getattr(self, "no_await", 0):
+        if not self.fn.is_async or self.no_await:
             return self.e(kind, d)
         if kind == STR:
-            return f"(await asyncio.gather(llm.generate({self.e(STR, d)}), aget({self.e(INT, d)})))[{self.pick('0', '1')}]"
+            return (
+                f"(await asyncio.gather(llm.generate({self.e(STR, d)}), aget({self.e(INT, d)})))[{self.pick('0', '1')}]"
+            )
         return f"len(await asyncio.gather(docs.search({self.e(STR, d)}, k=2), anote({self.e(INT, d)})))"
 
     def gather_list(self, d: int) -> str:
-        if not self.fn.is_async or getattr(self, "no_await", 0):
+        if not self.fn.is_async or self.no_await:
             return self.comp(STR, d)
         iterable, names = self.iterable(d)
         with self.inner(**names):
@@ -655,8 +666,17 @@ class Writer:
         item = self.e(INT if kind == INTS else STR, 1)
         self.put(
             self.pick(
-                f"{name}.extend([{item}])", f"{name}.insert(0, {item})", f"{name}.sort()", f"{name}.reverse()", f"{name}[:] = [{item}]",
-                f"del {name}[:1]", f"{name}.pop()", f"hold({name})", "stir()", f"poke({name})", f"{name}[0:1] = {name}",
+                f"{name}.extend([{item}])",
+                f"{name}.insert(0, {item})",
+                f"{name}.sort()",
+                f"{name}.reverse()",
+                f"{name}[:] = [{item}]",
+                f"del {name}[:1]",
+                f"{name}.pop()",
+                f"hold({name})",
+                "stir()",
+                f"poke({name})",
+                f"{name}[0:1] = {name}",
             )  # fmt: skip
         )
         return None
@@ -689,8 +709,15 @@ class Writer:
         d = 1
         self.put(
             self.pick(
-                f"note({self.e(ANY, d)})", f"put({self.e(ANY, d)})", f"send({self.e(ANY, d)})", f"boom({self.e(ANY, d)})", self.e(ANY, 2),
-                f"lookup({self.e(ANY, d)})", "stir()", "note(GLOBAL)", f"log('py', 'note', {self.e(ANY, d)})",
+                f"note({self.e(ANY, d)})",
+                f"put({self.e(ANY, d)})",
+                f"send({self.e(ANY, d)})",
+                f"boom({self.e(ANY, d)})",
+                self.e(ANY, 2),
+                f"lookup({self.e(ANY, d)})",
+                "stir()",
+                "note(GLOBAL)",
+                f"log('py', 'note', {self.e(ANY, d)})",
             )  # fmt: skip
         )
 
@@ -824,7 +851,14 @@ class Writer:
         with self.block("try:"), self.scope(results):
             self.body(3)
             if self.p(0.4):
-                self.put(self.pick(f"boom({self.e(ANY, 1)})", f"lookup({self.e(ANY, 1)})", f"send({self.e(INT, 1)})", self.generate(1)))
+                self.put(
+                    self.pick(
+                        f"boom({self.e(ANY, 1)})",
+                        f"lookup({self.e(ANY, 1)})",
+                        f"send({self.e(INT, 1)})",
+                        self.generate(1),
+                    )
+                )
         self.fn.catching -= 1
         after = results.pop()
         handlers = self.rng.choice((0, 1, 1, 1, 2))
@@ -846,7 +880,9 @@ class Writer:
                         self.put(f"note(str({bound}))")
                 self.body(2)
                 if self.p(0.2):
-                    self.put(self.pick("raise", "raise OwnError('again')", f"raise OwnError('from') from {bound or 'None'}"))
+                    self.put(
+                        self.pick("raise", "raise OwnError('again')", f"raise OwnError('from') from {bound or 'None'}")
+                    )
                 if bound:
                     self.fn.vars.pop(bound, None)
         self.fn.vars, self.fn.maybe = dict(after[0]), set(after[1])
@@ -893,7 +929,11 @@ class Writer:
     def return_(self) -> str:
         names = [n for n in self.fn.vars if n not in self.fn.maybe]
         shown = self.rng.sample(names, min(len(names), 3))
-        return f"return ({', '.join([*shown, self.literal(INT)])},)" if self.result is None else f"return {self.e(self.result, 1)}"
+        return (
+            f"return ({', '.join([*shown, self.literal(INT)])},)"
+            if self.result is None
+            else f"return {self.e(self.result, 1)}"
+        )
 
     result: str | None = None
 
@@ -914,7 +954,13 @@ class Writer:
 
     def _raise(self) -> None:
         with self.block(f"if {self.test(1)}:"):
-            self.put(self.pick(f"raise ValueError({self.e(STR, 1)})", "raise OwnError", f"raise OwnError({self.e(INT, 0)}) from None"))
+            self.put(
+                self.pick(
+                    f"raise ValueError({self.e(STR, 1)})",
+                    "raise OwnError",
+                    f"raise OwnError({self.e(INT, 0)}) from None",
+                )
+            )
 
     def _task_group(self) -> None:
         group, a, b = self.fresh("group"), self.fresh("task"), self.fresh("task")
@@ -965,7 +1011,9 @@ class Writer:
                 self.put("GLOBAL += 1")
             self.statements(4 + size // 6)
             if result is None:
-                names = sorted(n for n in self.fn.vars if n not in self.fn.maybe and not n.startswith(("task", "group", "fn")))
+                names = sorted(
+                    n for n in self.fn.vars if n not in self.fn.maybe and not n.startswith(("task", "group", "fn"))
+                )
                 self.put(f"return ({''.join(n + ', ' for n in names)})")
             else:
                 self.put(self.return_())
@@ -982,7 +1030,8 @@ class Writer:
 
     def argument(self, kind: str) -> str:
         return {
-            INT: str(self.rng.randrange(-1, 6)), STR: repr(self.rng.choice((*WORDS, "what is it?"))), BOOL: self.pick("True", "False"),
+            INT: str(self.rng.randrange(-1, 6)), STR: repr(self.rng.choice((*WORDS, "what is it?"))), BOOL:
+            self.pick("True", "False"),
             INTS: self.pick("[]", "[1]", "[4, 0, 3]"), STRS: self.pick("[]", "['s', 't']"), BOX: "Box(2)",
         }[kind]  # fmt: skip
 
@@ -999,9 +1048,7 @@ class Writer:
             self.function(f"helper{i}", self.size // 3, is_async and self.p(0.5), self.pick(INT, STR, INTS, STRS))
             self.workflows.append(self.signature)
         self.function("main", self.size, is_async, None)
-        calls = tuple(
-            "(" + "".join(self.argument(k) + ", " for _, k in self.signature.params) + ")" for _ in range(2)
-        )
+        calls = tuple("(" + "".join(self.argument(k) + ", " for _, k in self.signature.params) + ")" for _ in range(2))
         return Program("\n".join(self.lines).rstrip() + "\n", calls, is_async)
 
 

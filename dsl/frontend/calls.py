@@ -225,7 +225,9 @@ class Calls(Expressions):
         return ast.copy_location(ast.Name(name, ast.Load()), at)
 
     def _ready_for_each(self, starred: ast.Starred, hint: str) -> ast.ListComp:
-        """`*[op(f(x)) for x in xs]` with every `f(x)` computed first where that can be told from computing it in between."""
+        """`*[op(f(x)) for x in xs]` with every `f(x)` computed first where that can be told from computing it in
+        between.
+        """
         inner = starred.value
         if not isinstance(inner, (ast.ListComp, ast.GeneratorExp)):
             self.fail(
@@ -240,9 +242,7 @@ class Calls(Expressions):
             parts = [a for a in (*call.args, *(k.value for k in call.keywords)) if self._constant(a) is MISSING]
             every = synthetic(ast.ListComp(ast.Tuple(parts, ast.Load()), generators), inner)
             item = ast.Name("argument", ast.Load())
-            slots = {
-                id(a): ast.Subscript(item, ast.Constant(i), ast.Load()) for i, a in enumerate(parts)
-            }
+            slots = {id(a): ast.Subscript(item, ast.Constant(i), ast.Load()) for i, a in enumerate(parts)}
             call = ast.Call(
                 call.func,
                 [slots.get(id(a), a) for a in call.args],
@@ -292,7 +292,7 @@ class Calls(Expressions):
             if name == "messages":
                 values["prompt"] = self._chat(arg)
                 continue
-            constant = self._constant(arg) if name not in _OPERANDS[op] else MISSING
+            constant: Any = self._constant(arg) if name not in _OPERANDS[op] else MISSING
             if constant is None:
                 continue
             if constant is not MISSING and name != "options":
@@ -312,7 +312,9 @@ class Calls(Expressions):
         return result
 
     def _operand(self, op: str, name: str, value: Value) -> Value:
-        """The value; one of a type that the operation does not take as `any`: it is refused when it gets there, as by Python."""
+        """The value; one of a type that the operation does not take as `any`: it is refused when it gets there, as by
+        Python.
+        """
         spec = OPS[op]
         named = dict(zip(_OPERANDS[op], spec.operands or (), strict=False)) | dict(spec.optional)
         if accepts(named.get(name, ANY), value.type) or self.fact(value).is_task:
@@ -367,7 +369,9 @@ class Calls(Expressions):
     def _argument_effects(
         self, operands: Sequence[Value], reads: Sequence[str], writes: Sequence[str]
     ) -> dict[str, Attr]:
-        """Effects of a call that is given these values: objects that may change are read, lists that it may keep escape."""
+        """Effects of a call that is given these values: objects that may change are read, lists that it may keep
+        escape.
+        """
         for v in operands:
             self.escaped |= self.fact(v).sites
         seen = set(reads)

@@ -168,7 +168,8 @@ def _check(src: FunctionSource, workflow: Captured) -> None:
 
 
 def _inner_names(node: ast.AST) -> set[str]:
-    """What comprehensions and lambdas of a function call their own: such a name may mean something else outside them."""
+    """What comprehensions and lambdas of a function call their own: such a name may mean something else outside them.
+    """
     found: set[str] = set()
     for n in ast.walk(node):
         if isinstance(n, ast.comprehension):

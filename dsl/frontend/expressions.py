@@ -124,9 +124,7 @@ class Expressions(State):
         self.settle(a)
         if any(n not in definite and n in read for n in bound):  # which of two values is read is not known
             info, env = Info(ANY, WRITES, True, is_async=info.is_async), {}
-        inputs = [
-            (n, self.outgoing(n)) for n in dict.fromkeys([*read, *bound]) if n in read or n not in definite
-        ]
+        inputs = [(n, self.outgoing(n)) for n in dict.fromkeys([*read, *bound]) if n in read or n not in definite]
         given = dict(inputs)
         kept = [n for n in read if n not in bound and self.is_maybe_unbound(n)]
         result = next(n for n in ("value", "value_", "_value") if n not in given and n not in bound)
@@ -189,9 +187,9 @@ class Expressions(State):
                     "a generator expression with operations is consumed by something that flowc does not know",
                     "make it a list: [ ... for ... ]",
                 )
-            case ast.Call(ast.Name(id="any" | "all" as which), [ast.GeneratorExp() as g], []) if (
-                self._is_builtin(which) and not awaits(g)
-            ):
+            case ast.Call(ast.Name(id="any" | "all" as which), [ast.GeneratorExp() as g], []) if self._is_builtin(
+                which
+            ) and not awaits(g):
                 return self._any_all(g, which, hint)
             case ast.Call(func, [ast.GeneratorExp() as g], keywords) if (
                 self.has_op(g) and self._consumes_all(func) and not awaits(g)
@@ -255,7 +253,12 @@ class Expressions(State):
             if static is not MISSING and callable(static):
                 return child  # a function is what it is, whenever it is looked up
             info = self.analyze(child)
-            if info.level == PURE and not info.raises and not isinstance(child, ast.Name) and not self._reads_unbound(child):
+            if (
+                info.level == PURE
+                and not info.raises
+                and not isinstance(child, ast.Name)
+                and not self._reads_unbound(child)
+            ):
                 return child
         if isinstance(child, ast.Attribute) and self.has_op(child):  # a method of an operation's result
             return ast.copy_location(
@@ -466,10 +469,13 @@ class Expressions(State):
         return list_of(item_type(chunk.type))
 
     def iterable(self, node: ast.expr) -> Value:
-        """What a loop runs over; iterators over values that nobody can change are made lists, so that items can run at once."""
+        """What a loop runs over; iterators over values that nobody can change are made lists, so that items can run at
+        once.
+        """
         if (
             isinstance(node, ast.Call)
             and not self.has_op(node)
+            and not self.binds_inside(node)
             and self.resolver.resolve(node.func) in (enumerate, zip, reversed, map, filter)
         ):
             info = self.analyze(node)
@@ -521,12 +527,12 @@ class Expressions(State):
         hidden = self.locals
 
         def per_item(params: tuple[Value, ...]) -> list[Value]:
+            self.know(params[0], sites=self.fact(items).sites if may_hold_lists(params[0].type) else frozenset())
             self.bind_target(gen.target, params[0])
             test: ast.expr = g.elt
             if gen.ifs:
-                joined = ast.BoolOp(ast.And(), [*gen.ifs, g.elt]) if decided else None
-                if joined is None:
-                    joined = ast.BoolOp(ast.Or(), [*(ast.UnaryOp(ast.Not(), t) for t in gen.ifs), g.elt])  # type: ignore[list-item]
+                skips: list[ast.expr] = [ast.UnaryOp(ast.Not(), t) for t in gen.ifs]
+                joined = ast.BoolOp(ast.And(), [*gen.ifs, g.elt]) if decided else ast.BoolOp(ast.Or(), [*skips, g.elt])
                 test = synthetic(joined, g.elt)
             found = self.lower(test, "test")
             form = "bool(test)"
@@ -589,12 +595,13 @@ class Expressions(State):
         """`obj.attr = value` and `obj[key] = value`: opaque writes."""
         self.escaped |= self.fact(value).sites
         placeholders: dict[str, Value] = {}
-        rebuilt = self._hoist(target, placeholders) if self.has_op(target) else copy.copy(target)
+        is_split = self.has_op(target) or self.binds_inside(target)
+        rebuilt = self._hoist(target, placeholders) if is_split else copy.copy(target)
         base = rebuilt.value  # type: ignore[attr-defined]
         if isinstance(base, ast.Name) and base.id in self.env:
             self.escaped |= self.fact(self.env[base.id]).sites
         else:
-            self.escaped |= self.analyze(target.value).sites if not self.has_op(target) else frozenset()
+            self.escaped |= self.analyze(target.value).sites if not is_split else frozenset()
         name = next(n for n in ("value", "value_", "_value") if n not in free_names(target))
         text = f"{ast.unparse(rebuilt)} = {name}"
         inputs = [

@@ -31,30 +31,33 @@ def reads_in_order(node: ast.AST | Iterable[ast.AST]) -> dict[str, None]:
                 first, *rest = n.generators
                 visit(first.iter, own)
                 inner = own | {x.id for g in n.generators for x in ast.walk(g.target) if _is_stored(x)}
-                parts: list[ast.AST] = [first.target, *first.ifs, *(x for g in rest for x in (g.iter, g.target, *g.ifs))]
+                parts: list[ast.AST] = [
+                    first.target,
+                    *first.ifs,
+                    *(x for g in rest for x in (g.iter, g.target, *g.ifs)),
+                ]
                 parts += [n.key, n.value] if isinstance(n, ast.DictComp) else [n.elt]
-                for part in parts:
-                    visit(part, inner)
+                visit_all(parts, inner)
             case ast.Lambda():
-                _visit_all([*n.args.defaults, *n.args.kw_defaults], own)
+                visit_all([*n.args.defaults, *n.args.kw_defaults], own)
                 visit(n.body, own | _parameters(n.args))
             case ast.FunctionDef() | ast.AsyncFunctionDef():
                 annotations = [a.annotation for a in ast.walk(n.args) if isinstance(a, ast.arg)]
-                _visit_all([*n.decorator_list, *n.args.defaults, *n.args.kw_defaults, *annotations, n.returns], own)
+                visit_all([*n.decorator_list, *n.args.defaults, *n.args.kw_defaults, *annotations, n.returns], own)
                 outer = {x for d in ast.walk(n) if isinstance(d, (ast.Global, ast.Nonlocal)) for x in d.names}
-                _visit_all(n.body, own | _parameters(n.args) | (binds(n.body, appends=False) - outer))
+                visit_all(n.body, own | _parameters(n.args) | (binds(n.body, appends=False) - outer))
             case ast.ClassDef():
-                _visit_all([*n.decorator_list, *n.bases, *(k.value for k in n.keywords)], own)
-                _visit_all(n.body, own | binds(n.body, appends=False))
+                visit_all([*n.decorator_list, *n.bases, *(k.value for k in n.keywords)], own)
+                visit_all(n.body, own | binds(n.body, appends=False))
             case _:
-                _visit_all(ast.iter_child_nodes(n), own)
+                visit_all(ast.iter_child_nodes(n), own)
 
-    def _visit_all(nodes: Iterable[ast.AST | None], own: frozenset[str]) -> None:
+    def visit_all(nodes: Iterable[ast.AST | None], own: frozenset[str]) -> None:
         for child in nodes:
             if child is not None:
                 visit(child, own)
 
-    _visit_all([node] if isinstance(node, ast.AST) else node, frozenset())
+    visit_all([node] if isinstance(node, ast.AST) else node, frozenset())
     return found
 
 
@@ -67,7 +70,9 @@ def _parameters(args: ast.arguments) -> set[str]:
 
 
 def binds(node: ast.AST | Iterable[ast.AST], *, appends: bool = True) -> set[str]:
-    """Every variable of the enclosing function that a piece of code may bind or delete; appending to a list counts as binding it."""
+    """Every variable of the enclosing function that a piece of code may bind or delete; appending to a list counts as
+    binding it.
+    """
     found: set[str] = set()
 
     def visit(n: ast.AST, comprehension: frozenset[str]) -> None:
@@ -82,8 +87,8 @@ def binds(node: ast.AST | Iterable[ast.AST], *, appends: bool = True) -> set[str
             return
         if isinstance(n, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
             own = frozenset(x.id for g in n.generators for x in ast.walk(g.target) if isinstance(x, ast.Name))
-            for inner in ast.iter_child_nodes(n):
-                visit(inner, comprehension | own)
+            for child in ast.iter_child_nodes(n):
+                visit(child, comprehension | own)
             return
         if isinstance(n, ast.NamedExpr):
             found.add(n.target.id)  # binds in the function even inside a comprehension
@@ -101,8 +106,8 @@ def binds(node: ast.AST | Iterable[ast.AST], *, appends: bool = True) -> set[str
             found.add(n.name)
         elif isinstance(n, ast.MatchMapping) and n.rest:
             found.add(n.rest)
-        for inner in ast.iter_child_nodes(n):
-            visit(inner, comprehension)
+        for child in ast.iter_child_nodes(n):
+            visit(child, comprehension)
 
     for top in [node] if isinstance(node, ast.AST) else list(node):
         visit(top, frozenset())

@@ -90,7 +90,7 @@ class Resolver:
                 self._guard(base.__dict__, attr, value)
             return value
         own = getattr(base, "__dict__", None)
-        if isinstance(own, dict) and attr in own and type(base).__getattribute__ is object.__getattribute__:
+        if isinstance(own, dict) and attr in own and not _has_own_getattribute(base):
             self._guard(own, attr, own[attr])
             return own[attr]
         if getattr(type(base), "__flowc_resource__", False):
@@ -102,7 +102,7 @@ class Resolver:
         if not isinstance(node, (ast.Name, ast.Attribute)):
             return MISSING
         if isinstance(node, ast.Name) and (
-            node.id in self.cells and not self.is_frozen or node.id in self.declared_global
+            (node.id in self.cells and not self.is_frozen) or node.id in self.declared_global
         ):
             return MISSING
         value = self.resolve(node)
@@ -121,6 +121,10 @@ class Resolver:
 
     def _guard(self, holder: Mapping[str, Any] | CellType, name: str, value: Any) -> None:
         self.guards[id(holder), name] = Guard(holder, name, value)
+
+
+def _has_own_getattribute(value: Any) -> bool:
+    return any("__getattribute__" in vars(cls) for cls in type(value).__mro__[:-1])
 
 
 _REBOUND: dict[int, tuple[int, frozenset[str]]] = {}

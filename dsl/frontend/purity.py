@@ -5,7 +5,8 @@ local values, a known list of builtins and standard-library functions, and funct
 effects; operators and formatting of unknown objects are assumed to have none, but may read state that opaque Python
 changes. Any other call is opaque: it may change everything.
 
-A fresh list has an *allocation site*. While no alias of it escapes to opaque code it is a value (type `list<T>`); sites that
+A fresh list has an *allocation site*. While no alias of it escapes to opaque code it is a value (type `list<T>`); sites
+that
 turn out to escape are collected in `escaped`, and the caller analyses again with those sites `tainted` (type `any`).
 """
 
@@ -75,6 +76,7 @@ UNKNOWN = Info(ANY, PURE, False)
 def may_hold_lists(t: Type) -> bool:
     """May a value of this type be, or hold, a list that some variable names too?"""
     return t == ANY or t.name in ("list", "sequence") or any(map(may_hold_lists, t.args))
+
 
 Lookup = Callable[[str], Info | None]
 
@@ -552,14 +554,14 @@ class Analyzer:
         result = _RESULT.get(target, ANY)
         if target is len:
             raises = (
-                not (is_immutable(first) or first.name == "sequence") or is_scalar(first) and first not in (TEXT, BYTES)
+                not (is_immutable(first) or first.name == "sequence") or (is_scalar(first) and first not in (TEXT, BYTES))
             )
         elif (
             target in (str, repr, format, ascii, bool)
-            or target is int
-            and first in (INT, BOOL)
-            or target is float
-            and first in NUMBERS
+            or (target is int
+            and first in (INT, BOOL))
+            or (target is float
+            and first in NUMBERS)
         ):
             raises = not all(is_immutable(i.type) for i in infos) or target is format
         elif target in (callable, range):
@@ -792,10 +794,11 @@ def free_names(node: ast.AST) -> list[str]:
 
 
 def _held_names(node: ast.AST) -> list[str]:
-    """Variables that a lambda, generator or nested definition reads later, when it runs; its defaults are read at once."""
+    """Variables that a lambda, generator or nested definition reads later, when it runs; its defaults are read at once.
+    """
     match node:
         case ast.GeneratorExp():
-            first = ast.comprehension(node.generators[0].target, ast.Constant(()), node.generators[0].ifs, 0)
+            first = ast.comprehension(node.generators[0].target, ast.Constant(None), node.generators[0].ifs, 0)
             return free_names(ast.GeneratorExp(node.elt, [first, *node.generators[1:]]))
         case ast.Lambda():
             return free_names(ast.Lambda(_without_defaults(node.args), node.body))
@@ -859,7 +862,8 @@ def result_type(target: Any) -> Type:
 
 _RESULT: dict[Any, Type] = {
     len: INT, str: TEXT, int: INT, float: FLOAT, bool: BOOL, repr: TEXT, format: TEXT, ascii: TEXT, chr: TEXT, ord: INT,
-    isinstance: BOOL, issubclass: BOOL, callable: BOOL, hasattr: BOOL, any: BOOL, all: BOOL, range: RANGE, hash: INT, bytes: BYTES,
+    isinstance: BOOL, issubclass: BOOL, callable: BOOL, hasattr: BOOL, any: BOOL, all: BOOL, range: RANGE, hash: INT,
+    bytes: BYTES,
     hex: TEXT, oct: TEXT, bin: TEXT,
 }  # fmt: skip
 _ITERATES = frozenset(

@@ -27,14 +27,6 @@ class FunctionSource:
         return self.lines[number - 1].rstrip("\n") if 0 < number <= len(self.lines) else ""
 
     def segment(self, node: ast.expr) -> str:
-        """The text of an expression as it is written (`ast.get_source_segment`, without splitting the file anew each time)."""
-        assert node.end_lineno is not None
-        lines = [line.encode("utf-8", "surrogatepass") for line in self.lines[node.lineno - 1 : node.end_lineno]]
-        lines[-1] = lines[-1][: node.end_col_offset]
-        lines[0] = lines[0][node.col_offset :]
-        return b"".join(lines).decode("utf-8", "surrogatepass")
-
-    def segment(self, node: ast.expr) -> str:
         """The text of an expression."""
         first, last = node.lineno, node.end_lineno or node.lineno
         lines = self.lines[first - 1 : last]
@@ -65,7 +57,9 @@ N = TypeVar("N", bound=ast.AST)
 
 
 def synthetic(node: N, at: ast.AST) -> N:
-    """A node that the frontend made itself, placed where `at` stands: its text is unparsed, not looked up in the source."""
+    """A node that the frontend made itself, placed where `at` stands: its text is unparsed, not looked up in the
+    source.
+    """
     for part in ast.walk(node):
         if not hasattr(part, "lineno"):
             part.is_synthetic = True  # type: ignore[attr-defined]
@@ -171,7 +165,9 @@ def _find(module: ast.Module, code: CodeType) -> FunctionNode | None:
 
 
 def scope_name(fn: FunctionType) -> str:
-    """How a plan refers to the Python scope of a function: `package.module:qualname`, or `path.py:qualname` of a script."""
+    """How a plan refers to the Python scope of a function: `package.module:qualname`, or `path.py:qualname` of a
+    script.
+    """
     module = sys.modules.get(fn.__module__)
     if fn.__module__ == "__main__" or module is None or getattr(module, "__flowc_path__", None):
         path = getattr(module, "__flowc_path__", None) or inspect.getfile(fn)

@@ -55,7 +55,10 @@ def either(a: Fact, b: Fact) -> Fact:
 
 @dataclass
 class State:
-    """The lowering of one function, in progress. The mixins `Expressions`, `Calls` and `Statements` add what each says."""
+    """The lowering of one function, in progress.
+
+    The mixins `Expressions`, `Calls` and `Statements` add what each says.
+    """
 
     session: Session
     src: FunctionSource
@@ -109,7 +112,11 @@ class State:
         for p, f in zip(parts, facts, strict=True):
             if f.is_task:
                 name = p.name.partition(".")[0]
-                self.fail_here("F016", f"the task `{name}` leaves a branch or loop without being awaited", f"write `await {name}` there")
+                self.fail_here(
+                    "F016",
+                    f"the task `{name}` leaves a branch or loop without being awaited",
+                    f"write `await {name}` there",
+                )
         return self.know_fact(value, reduce(either, facts, NO_FACT))
 
     # -- variables
@@ -237,7 +244,9 @@ class State:
         """A `py` operation over named inputs, with the effects that the analysis found."""
         for name, value in inputs:
             if self.fact(value).is_task:
-                self.fail_here("F016", f"`{name}` is a coroutine or task that is not awaited here", f"write `await {name}`")
+                self.fail_here(
+                    "F016", f"`{name}` is a coroutine or task that is not awaited here", f"write `await {name}`"
+                )
         results = [(hint, info.type)] if outs is None else list(outs)
         is_declared = any(self.fact(v).is_declared for _, v in inputs)
         attrs: dict[str, Attr] = {
@@ -274,7 +283,9 @@ class State:
         result = next(n for n in ("value", "value_", "_value") if n not in names)
         outs = [(result, info.type), *((n, dict(inputs)[n].type) for n in unbound)]
         value, *rest = self.py(f"{result} = {text}", inputs, replace(info, raises=True), outs=outs)
-        for n, v in zip(unbound, rest, strict=True):  # the expression has read it, so it is bound; but perhaps not every arm
+        for n, v in zip(
+            unbound, rest, strict=True
+        ):  # the expression has read it, so it is bound; but perhaps not every arm
             self.env[n] = self.know(v, sites=self.fact(dict(inputs)[n]).sites, is_unbound=True)
         return self.know(value, sites=info.sites, is_declared=a.trusts or self.fact(value).is_declared)
 
@@ -356,5 +367,5 @@ class State:
 
 
 __all__ = [
-    "BREAK", "CONTINUE", "EXIT", "NORMAL", "RETURN", "Fact", "State", 
+    "BREAK", "CONTINUE", "EXIT", "NORMAL", "RETURN", "Fact", "State",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Statements: straight code, branches, loops, early exits and error handling as structured control flow.
 
-A statement that may leave its block in the middle (`return`, `break`, `continue` in one arm of an `if`) puts the rest of
+A statement that may leave its block in the middle (`return`, `break`, `continue` in one arm of an `if`) puts the rest
+of
 the block into the arm that goes on; where both arms may go on, a flag says whether the rest still runs.
 """
 
@@ -19,7 +20,7 @@ from .liveness import RETURN_VALUE, Liveness, appended, binds, exits, falls_thro
 from .names import MISSING
 from .purity import PURE, READS, WRITES, Info, may_hold_lists
 from .source import synthetic
-from .state import BREAK, CONTINUE, EXIT, HINTS, NO_FACT, NORMAL, RETURN, either
+from .state import BREAK, CONTINUE, EXIT, HINTS, NO_FACT, NORMAL, RETURN, Fact, either
 
 Handler = tuple[str, list[tuple[str, Value]], Callable[[Value], None]]  # exception types, names in them, what to do
 
@@ -31,7 +32,10 @@ class Statements(Calls):
     def block(
         self, stmts: Sequence[ast.stmt], live_out: frozenset[str], *, tail: bool = False, want_exit: bool = False
     ) -> None:
-        """Lowers a block. `tail`: the function ends with it. `want_exit`: the variable EXIT must say how it was left."""
+        """Lowers a block.
+
+        `tail`: the function ends with it. `want_exit`: the variable EXIT must say how it was left.
+        """
         for i, s in enumerate(stmts):
             rest = stmts[i + 1 :]
             leaves = exits(s)
@@ -242,7 +246,10 @@ class Statements(Calls):
             before = given.get(name)
             unbound = name in unbinds or (name not in definite and before is not None and self.fact(before).is_unbound)
             sites = env[name].sites if name in env else self.fact(before).sites if before is not None else frozenset()
-            self.assign(name, self.know(value, sites=sites, is_unbound=unbound, is_declared=a.trusts or self.fact(value).is_declared))
+            self.assign(
+                name,
+                self.know(value, sites=sites, is_unbound=unbound, is_declared=a.trusts or self.fact(value).is_declared),
+            )
 
     # -- assignments
     def _assign(self, s: ast.Assign) -> None:
@@ -367,7 +374,11 @@ class Statements(Calls):
 
         def body(params: tuple[Value, ...]) -> list[Value]:
             first, *rest = params
-            self.know(first, sites=self.fact(items).sites if may_hold_lists(first.type) else frozenset(), is_declared=self.fact(items).is_declared)
+            self.know(
+                first,
+                sites=self.fact(items).sites if may_hold_lists(first.type) else frozenset(),
+                is_declared=self.fact(items).is_declared,
+            )
             for n, v in zip(carried, rest, strict=True):
                 self.env[n] = v
             for n in collected:
@@ -432,7 +443,8 @@ class Statements(Calls):
         return self.builder.emit("equals", (left,), [("again", BOOL)], {"value": NORMAL})[0]
 
     def _collected(self, s: ast.For) -> frozenset[str]:
-        """Lists that the body only appends to: their items are collected, so that turns need not wait for each other."""
+        """Lists that the body only appends to: their items are collected, so that turns need not wait for each other.
+        """
         found: set[str] = set()
         counts: dict[str, int] = {}
         for stmt in s.body:
@@ -486,7 +498,11 @@ class Statements(Calls):
             params: list[tuple[str, Type]] = [(item, item_type(items.type))] if items is not None else []
             params += [(HINTS.get(name, name), t) for name, t in zip(carried, types, strict=True)]
 
-            def fill(values: tuple[Value, ...], run: Callable[[tuple[Value, ...]], list[Value]] = body) -> list[Value]:
+            def fill(
+                values: tuple[Value, ...],
+                run: Callable[[tuple[Value, ...]], list[Value]] = body,
+                facts: list[Fact] = facts,
+            ) -> list[Value]:
                 self.facts.update(zip((v.name for v in values[len(values) - n :]), facts, strict=True))
                 return run(values)
 
@@ -678,9 +694,7 @@ class Statements(Calls):
                     else self.builder.const(True, "ok")
                 )
 
-        handlers: list[Handler] = []
-        for h in s.handlers:
-            handlers.append(self._handler(h, live, want_exit, bool(s.orelse)))
+        handlers = [self._handler(h, live, want_exit, bool(s.orelse)) for h in s.handlers]
         saved = sorted(binds(s.body) & self.live.handlers[id(s)] & self.locals)
         self._make_try(body, handlers, outs, saved)
         if not s.orelse:
@@ -721,7 +735,10 @@ class Statements(Calls):
     def _make_try(
         self, body: Callable[[], None], handlers: Sequence[Handler], outs: Sequence[str], saved: Sequence[str]
     ) -> None:
-        """A `try` operation. Variables in `saved` live in cells, so that a handler finds what they were when the error came."""
+        """A `try` operation.
+
+        Variables in `saved` live in cells, so that a handler finds what they were when the error came.
+        """
         cells: dict[str, Value] = {}
         for n in saved:
             before = self.env.get(n)
@@ -788,7 +805,8 @@ class Statements(Calls):
         )
 
     def _task_group(self, s: ast.AsyncWith) -> None:
-        """`async with asyncio.TaskGroup() as group`: the operations it starts; their errors come as an ExceptionGroup."""
+        """`async with asyncio.TaskGroup() as group`: the operations it starts; their errors come as an ExceptionGroup.
+        """
         variable = s.items[0].optional_vars
         assert isinstance(variable, ast.Name)
         name = variable.id

@@ -1,4 +1,5 @@
-"""The source of a workflow is found wherever it was typed: files, notebook cells, `python -c`, the interactive prompt."""
+"""The source of a workflow is found wherever it was typed: files, notebook cells, `python -c`, the interactive prompt.
+"""
 
 import linecache
 import os
@@ -18,14 +19,14 @@ from flowc.ir.errors import CaptureError
 ROOT = Path(__file__).resolve().parent.parent.parent
 ENV = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHON_BASIC_REPL": "1", "TERM": "dumb"}
 
-CELL = '''%timeit pass
+CELL = """%timeit pass
 from flowc import LLM, workflow
 llm = LLM()
 
 @workflow
 def answer(q: str) -> str:
     return llm.generate(f"{q}?")
-'''
+"""
 
 
 def test_a_notebook_cell_with_a_magic() -> None:
@@ -55,7 +56,9 @@ def test_a_cell_that_is_run_again_takes_its_newest_text() -> None:
 
 def test_python_dash_c() -> None:
     text = "from flowc import workflow\n@workflow\ndef f(n: int):\n    return [i * n for i in range(3)]\nprint(f.graph().name, f.eager(2))"
-    done = subprocess.run([sys.executable, "-c", text], env=ENV, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", text], env=ENV, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.stdout.strip() == "f [0, 2, 4]", done.stderr
 
 
@@ -77,7 +80,14 @@ def test_the_interactive_prompt() -> None:
 
     try:
         until(b">>> ")
-        for line in ("from flowc import workflow", "@workflow", "def f(n: int):", "    k = n + 1", "    return [k, n]", ""):
+        for line in (
+            "from flowc import workflow",
+            "@workflow",
+            "def f(n: int):",
+            "    k = n + 1",
+            "    return [k, n]",
+            "",
+        ):
             os.write(fd, line.encode() + b"\n")
         os.write(fd, b"print('GRAPH', len(f.graph().body.ops), f.eager(2))\n")
         until(b"GRAPH 2 [3, 2]", 40.0)

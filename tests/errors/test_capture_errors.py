@@ -1,4 +1,6 @@
-"""Every refusal of the frontend shows its code, the source line, the caret under the right words, and a hint that helps."""
+"""Every refusal of the frontend shows its code, the source line, the caret under the right words, and a hint that
+helps.
+"""
 
 import asyncio
 import importlib.util
@@ -22,7 +24,8 @@ CODES = sorted(p.stem for p in HERE.glob("F01?.py"))
 
 def page(code: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"errors_{code}", HERE / f"{code}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
