@@ -2,7 +2,8 @@
 
 Each resource has a lane with one worker thread (a backend with `async def` methods has one in each event loop
 instead). A free lane takes a *wavefront*: of everything queued, all that may share a call with the item chosen first.
-While the backend works, the next wavefront gathers; nobody waits for a timer.
+While the backend works, the next wavefront gathers; nobody waits for a timer. A backend with `max_calls` above 1 takes
+so many calls at a time, for it batches by itself: then a wavefront leaves at once, on a worker thread of its own.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _may_be_one_items_fault(error: BaseException, batch: list[LaneItem]) -> bool
 
 
 class Lane:
-    """The queue in front of one backend, and its worker thread, which starts with the first item."""
+    """The queue in front of one backend, and its workers: as many threads as it takes calls, started when needed."""
 
     def __init__(self, kind: str, name: str, backend: Any, runtime_name: str = "flowc") -> None:
         self.kind = kind
@@ -99,11 +100,13 @@ class Lane:
         self.backend = backend
         self.label = f"{kind} @{name}"
         self.max_batch = max(1, int(getattr(backend, "max_batch", DEFAULT_MAX_BATCH)))
+        self.max_calls = max(1, int(getattr(backend, "max_calls", 1)))
         methods = {"llm": ("generate", "choose"), "search": ("search",), "embed": ("embed",)}.get(kind, ("rerank",))
         self.is_async = any(is_async_callable(getattr(backend, m, None)) for m in methods)
         self._queue: deque[LaneItem] = deque()
         self._ready = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        self._waiting = 0  # workers that have nothing to do
         self._thread_name = f"{runtime_name}-{kind}-{name}"
         self._is_closed = False
 
@@ -120,10 +123,7 @@ class Lane:
             if self._is_closed:
                 raise RunError("the runtime is closed")
             self._queue.extend(items)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name=self._thread_name, daemon=True)
-                self._thread.start()
-            self._ready.notify()
+            self._staff()
 
     def forget(self, item: LaneItem) -> None:
         """Takes a cancelled item out of the queue, if it is still there."""
@@ -134,7 +134,7 @@ class Lane:
                 pass
 
     def close(self) -> list[LaneItem]:
-        """Ends the worker after the call that it is in; gives the items that nobody will answer."""
+        """Ends the workers after the calls that they are in; gives the items that nobody will answer."""
         with self._ready:
             self._is_closed = True
             left = list(self._queue)
@@ -143,17 +143,33 @@ class Lane:
         return left
 
     def join(self, timeout_s: float) -> None:
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout_s)
+        end = monotonic() + timeout_s
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, end - monotonic()))
+
+    def _staff(self) -> None:
+        """Sees to it that a worker looks at the queue, unless all are busy. Under the lock."""
+        if self._waiting:
+            self._ready.notify()
+        elif len(self._threads) < self.max_calls:
+            number = f"-{len(self._threads)}" if self._threads else ""
+            thread = threading.Thread(target=self._work, name=f"{self._thread_name}{number}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def _work(self) -> None:
         while True:
             with self._ready:
                 while not self._queue and not self._is_closed:
+                    self._waiting += 1
                     self._ready.wait()
+                    self._waiting -= 1
                 if self._is_closed:
                     return
                 batch = next_wavefront(self._queue, self.max_batch)
+                if self._queue:
+                    self._staff()  # what is left need not wait for this call
             self._answer(batch)
             del batch  # an idle worker keeps nothing alive
 

@@ -1,7 +1,8 @@
 """What a backend must offer. The runtime knows backends through these protocols and nothing else.
 
 Every call takes a *batch* and answers with one result or one exception per item, in order: an item that fails never
-takes its neighbours with it. Calls come from a lane's worker thread, one at a time per lane, and may block.
+takes its neighbours with it. Calls come from a lane's worker thread, one at a time per lane, and may block. A backend
+that has an attribute `max_calls` above 1 may be called so often at a time, from as many threads.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from flowc.runtime.clock import VirtualLoop
 from flowc.runtime.engine import Runtime
 from flowc.runtime.lanes import next_wavefront
 from flowc.runtime.plan import build_plan
-from flowc.runtime.protocols import SearchRequest
+from flowc.runtime.protocols import GenerateRequest, Generation, SearchRequest
 from tests.runtime.worlds import Play, ScriptedIndex, ScriptedLLM, World, pruned, text_graph
 
 
@@ -121,6 +121,78 @@ def test_threads_share_calls_while_the_lane_is_busy() -> None:
         assert direct.result(5) == "<direct>"
     assert sizes(llm.batches) == [1, 8]
     assert len(llm.threads) == 1
+
+
+class BusyLLM:
+    """Answers a prompt when it is told to; notes how many calls it is in."""
+
+    kind, max_batch = "scripted", 8
+
+    def __init__(self, max_calls: int) -> None:
+        self.name = "busy"
+        self.max_calls = max_calls
+        self.gates = {name: threading.Event() for name in ("long", "short", "other")}
+        self.begun = {name: threading.Event() for name in self.gates}
+        self.calls = self.most_calls = 0
+        self.lock = threading.Lock()
+
+    def batch_key(self, request: GenerateRequest) -> str:
+        return request.prompt
+
+    def generate(self, requests: Any, on_text: Any = None, is_cancelled: Any = None) -> list[Generation]:
+        with self.lock:
+            self.calls += 1
+            self.most_calls = max(self.calls, self.most_calls)
+        prompt = requests[0].prompt
+        self.begun[prompt].set()
+        assert self.gates[prompt].wait(10)
+        with self.lock:
+            self.calls -= 1
+        return [Generation(f"<{r.prompt}>") for r in requests]
+
+    def choose(self, requests: Any) -> list[int]:
+        raise AssertionError
+
+    def count_tokens(self, text: str) -> int:
+        return len(text)
+
+    def close(self) -> None: ...
+
+
+def ask_graph() -> Graph:
+    b = Builder("w", [("q", TEXT)])
+    return b.finish(b.generate("default", b.params[0]))
+
+
+def test_a_backend_that_takes_several_calls_answers_a_short_one_while_it_is_in_a_long_one() -> None:
+    llm = BusyLLM(max_calls=2)
+    plan = build_plan(ask_graph())
+    with Runtime(World(llm)) as runtime, ThreadPoolExecutor(3) as pool:
+        long = pool.submit(runtime.run, plan, ("long",))
+        assert llm.begun["long"].wait(10)
+        short = pool.submit(runtime.run, plan, ("short",))
+        assert llm.begun["short"].wait(10)
+        other = pool.submit(runtime.run, plan, ("other",))
+        assert not llm.begun["other"].wait(0.05), "two calls at a time are the bound"
+        llm.gates["short"].set()
+        assert short.result(10) == "<short>"
+        assert not long.done()
+        llm.gates["other"].set()
+        assert other.result(10) == "<other>"
+        assert not long.done()
+        llm.gates["long"].set()
+        assert long.result(10) == "<long>"
+    assert llm.most_calls == 2
+
+
+def test_what_differs_leaves_at_once_where_several_calls_may_run() -> None:
+    llm = BusyLLM(max_calls=3)
+    with Runtime(World(llm)) as runtime, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(runtime.map, build_plan(ask_graph()), [("long",), ("short",), ("other",)], concurrency=3)
+        assert all(begun.wait(10) for begun in llm.begun.values()), "three keys, three calls, none waits for another"
+        for gate in llm.gates.values():
+            gate.set()
+        assert [o.value for o in running.result(10)] == ["<long>", "<short>", "<other>"]
 
 
 def test_what_differs_does_not_share() -> None:
