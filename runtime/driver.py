@@ -128,7 +128,7 @@ class Driver:
         self.runtime = runtime
         self.loop = loop
         self.active: dict[int, Program] = {}
-        self.hooks: list[Callable[[], None]] = []  # called after every turn
+        self.hooks: list[Callable[[], None]] = []  # called after a turn in which a program ended
         self._outbox: dict[Lane, list[LaneItem]] = {}
         self._loop_lanes: dict[Lane, LoopLane] = {}
         self._unstarted: list[CallItem] = []  # coroutines that wait for a loop
@@ -137,7 +137,7 @@ class Driver:
         self._is_rung = False
         self._timers: list[_Timer] = []
         self._timer_count = 0
-        self._has_flush = False
+        self._has_flush = self._has_ended = False
         self._has_room = False  # may the task that runs now take on a coroutine?
         self._next: CallItem | None = None
 
@@ -206,6 +206,7 @@ class Driver:
             program.timer.cancel()
             program.timer = None
         self.active.pop(program.id, None)
+        self._has_ended = True
         if program.trace is not None:
             program.trace.program_ended(program, error)
         if program.on_done is not None:
@@ -292,8 +293,10 @@ class Driver:
 
     def end_turn(self) -> None:
         """After everything that could run has run: admit more programs, then send what has gathered for the lanes."""
-        for hook in self.hooks:
-            hook()
+        if self._has_ended:
+            self._has_ended = False
+            for hook in self.hooks:
+                hook()
         if self._outbox and not self._has_flush:
             loop = self.loop
             if loop is None:

@@ -237,6 +237,7 @@ class Runtime:
 
         driver.hooks.append(hook)
         try:
+            hook()
             driver.end_turn()
             await done
             feed.check()
