@@ -439,6 +439,13 @@ def keyword_operands(op: Op) -> dict[str, int]:
     return {name: first + i for i, name in enumerate(names)}
 
 
+COMMON_ATTRS: dict[str, AttrSpec] = {
+    "group": AttrSpec(
+        _INT, "operations of one region with this number run at once, as `asyncio.gather` has it, whatever they write"
+    ),
+}
+"""What the frontend writes on any op."""
+
 SCHEDULE_ATTRS: dict[str, AttrSpec] = {
     "wave": AttrSpec(
         _INT, "level of the op among its region's lane operations: equal levels of many programs run as one batch"

@@ -8,6 +8,7 @@
     F025  a name that stands for nothing: a callee, a resource, a cell
     F026  Python text that does not parse, or whose names do not match its operands and results
     F027  a fused run that holds something else than plain Python
+    F028  a group whose operations do not stand together
 
 F021 speaks of the user's program, all others of a graph that a pass, a builder or a hand made wrong; those show the
 operation.
@@ -25,8 +26,9 @@ from functools import lru_cache
 from typing import Final, NoReturn
 
 from .core import Graph, Op, Region, Value
+from .effects import group_spans
 from .errors import VerifyError
-from .ops import OPS, SCHEDULE_ATTRS, AttrSpec, OpSpec
+from .ops import COMMON_ATTRS, OPS, SCHEDULE_ATTRS, AttrSpec, Effect, OpSpec, effect_of
 from .printer import all_graphs, print_literal, print_op
 from .templates import split_template
 from .types import ANY, ARITY, NEVER, TEXT, Type, accepts, item_type, type_of
@@ -36,6 +38,7 @@ PLAIN: Final = frozenset(
 )
 """Operations that are plain Python: what a `fused` run may hold, beside control flow over them."""
 
+_ON_ANY: Final[Mapping[str, AttrSpec]] = {**COMMON_ATTRS, **SCHEDULE_ATTRS}
 _CONTROL: Final = frozenset({"if", "while", "foreach", "try", "fused"})
 _OP_TEXT_CHARS: Final = 240
 
@@ -208,10 +211,22 @@ class _Verifier:
             self.define(p, op, None, mine)
         for inner in region.ops:
             self.op(inner, mine)
+        self.groups(region)
         for y in region.yields:
             self.use(y, op, "yielded value" if op is not None else "returned value")
         for name in mine:
             del self.visible[name]
+
+    def groups(self, region: Region) -> None:
+        """Between the operations of a group stands nothing that any of them must be ordered with."""
+        for group, (first, last) in group_spans(region.ops).items():
+            span = region.ops[first : last + 1]
+            members = [op.attrs.get("group") == group for op in span]
+            written = frozenset[str]().union(*(effect_of(op).writes for op, m in zip(span, members, strict=True) if m))
+            for op, is_member in zip(span, members, strict=True):
+                effect = Effect() if is_member else effect_of(op)
+                if effect.writes or effect.reads & written or (not is_member and "group" in op.attrs):
+                    self.fail(f"`{op.name}` stands between operations of group {group}", op, "F028")
 
     def op(self, op: Op, mine: list[str]) -> None:
         spec = OPS.get(op.name)
@@ -240,9 +255,9 @@ class _Verifier:
     def attrs(self, op: Op, spec: OpSpec) -> None:
         known = spec.attrs
         for name, value in op.attrs.items():
-            allowed = known.get(name) or SCHEDULE_ATTRS.get(name)
+            allowed = known.get(name) or _ON_ANY.get(name)
             if allowed is None:
-                close = get_close_matches(name, [*known, *SCHEDULE_ATTRS], 1)
+                close = get_close_matches(name, [*known, *_ON_ANY], 1)
                 hint = f"did you mean `{close[0]}`?" if close else f"it has: {', '.join(known) or 'none'}"
                 self.fail(f"`{op.name}` has no attribute `{name}`", op, "F023", hint)
             if not _has_type(value, allowed):

@@ -120,7 +120,7 @@ class _Numbering:
 
     def leaf(self, op: Op, added: list[Key]) -> Iterator[Repeat]:
         effect = self.facts.effect(op)
-        if op.name in _FREE or effect.writes:
+        if op.name in _FREE or effect.writes or "group" in op.attrs:  # a group's effects have no order to speak of
             return
         attrs = tuple(sorted((n, repr(a)) for n, a in op.attrs.items() if n not in SCHEDULE_ATTRS))
         plain: Key = (op.name, tuple([self.number(v) for v in op.operands]), attrs, len(op.results))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 
 from flowc.ir.core import Attr, Graph, Op, Region, Value, walk
-from flowc.ir.effects import order_edges
+from flowc.ir.effects import has_groups, order_edges
 from flowc.ir.ops import OPS, PURE, Effect, effect_of, truth_effect
 from flowc.ir.types import NEVER, RANGE, Type
 
@@ -316,14 +316,16 @@ class Facts:
         return found
 
     def region_seconds(self, region: Region, *, ordered: bool | None = None) -> float:
-        """The predicted makespan of a region: the sum if ordered, else a list schedule, one processor for Python."""
-        if region.ordered if ordered is None else ordered:
+        """The predicted makespan of a region: the sum if ordered without groups, else a list schedule, one processor for Python."""
+        if ordered is None:
+            ordered = region.ordered
+        if ordered and not has_groups(region):
             return sum(map(self.seconds, region.ops))
         ops = region.ops
         users: list[list[int]] = [[] for _ in ops]
         missing = []
         for i, (data, order) in enumerate(
-            zip(self.data_dependencies(region), self.order(region, ordered=False), strict=True)
+            zip(self.data_dependencies(region), self.order(region, ordered=ordered), strict=True)
         ):
             data.update(order)
             missing.append(len(data))

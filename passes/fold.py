@@ -227,6 +227,8 @@ class _Folder:
         return Site(op, replacement=Replacement((_const(op, value == literal),), detail=str(value == literal)))
 
     def branch(self, op: Op) -> Site | None:
+        if "group" in op.attrs:
+            return None  # its operations would stand in the group one by one
         operand = self.now(op.operands[0])
         if operand.name in self.literals:
             is_true = bool(self.literals[operand.name])

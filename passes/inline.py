@@ -60,6 +60,8 @@ class Inline(Pass):
         return Outcome(new, tuple(inliner.remarks))
 
     def legal(self, call: Op, callee: Graph | None, into: _Caller) -> Verdict:
+        if "group" in call.attrs:
+            return Verdict(False, "it runs beside the others of its group, as one")
         if callee is None:
             return Verdict(False, f"the workflow `{call.attr('callee')}` is not known here")
         if callee.name in into.recursive or callee.name == into.graph.name:
@@ -94,7 +96,7 @@ class Inline(Pass):
 class _Caller:
     """A workflow as it grows: what it has taken up from those inlined so far."""
 
-    __slots__ = ("callees", "graph", "names", "recursive", "scopes", "size", "symbols", "symbols_used")
+    __slots__ = ("callees", "graph", "groups", "names", "recursive", "scopes", "size", "symbols", "symbols_used")
 
     def __init__(self, graph: Graph, recursive: frozenset[str]) -> None:
         self.graph = graph
@@ -105,12 +107,14 @@ class _Caller:
         self.symbols_used = _symbols(graph)
         self.callees = {g.name: g for g in graph.callees}
         self.size = _size(graph.body)
+        self.groups = max((int(op.attr("group", 0)) for op in walk(graph.body)), default=0)  # the highest number
 
     def take(self, callee: Graph, call: Op) -> Replacement:
         """The callee's ops, renamed, with the call's operands for its parameters."""
         mapping = {p.name: v for p, v in zip(callee.params, call.operands, strict=True)}
         scope = callee.scope if callee.scope != self.graph.scope else ""
-        body = _renamed(callee.body, mapping, self.names, scope)
+        body = _renamed(callee.body, mapping, self.names, scope, self.groups)
+        self.groups = max((int(op.attr("group", 0)) for op in walk(body)), default=0) or self.groups
         for mine, theirs in ((self.scopes, callee.scopes), (self.symbols, callee.symbols)):
             mine.update({k: v for k, v in theirs.items() if k not in mine})
         self.symbols_used.update(_symbols(callee))
@@ -228,8 +232,10 @@ def _size(region: Region) -> int:
     return sum(1 for _ in walk(region))
 
 
-def _renamed(region: Region, mapping: dict[str, Value], names: Names, scope: str) -> Region:
-    """A copy of a region in which every value has a fresh name; Python text that named no scope names `scope`."""
+def _renamed(region: Region, mapping: dict[str, Value], names: Names, scope: str, groups: int) -> Region:
+    """A copy of a region in which every value has a fresh name; Python text that named no scope names `scope`, and
+    groups are numbered from `groups` on.
+    """
 
     def define(values: tuple[Value, ...]) -> tuple[Value, ...]:
         fresh = []
@@ -248,6 +254,8 @@ def _renamed(region: Region, mapping: dict[str, Value], names: Names, scope: str
             attrs = op.attrs
             if scope and op.name in _SCOPED and "scope" not in attrs:
                 attrs = Attrs({**attrs, "scope": scope})
+            if "group" in attrs:
+                attrs = Attrs({**attrs, "group": groups + int(op.attr("group"))})
             ops.append(Op(op.name, operands, define(op.results), attrs, regions, op.loc))
         return Region(params, tuple(ops), tuple([mapping[v.name] for v in region.yields]), region.ordered)
 

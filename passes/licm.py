@@ -154,7 +154,7 @@ class _Motion:
         if needs >= inner:
             return None
         effect = self.facts.effect(op)
-        if effect.writes:
+        if effect.writes or "group" in op.attrs:
             return None
         match = Invariant(op, loop=self.loops[-1], seconds=self.facts.seconds(op))
         if effect.is_sampled:
@@ -185,6 +185,8 @@ class _Motion:
     def stays(self, effect: Effect, frame: _Frame) -> str:
         """Why an op of this effect must stay in the frame's loop; empty if it may leave."""
         assert frame.op is not None
+        if "group" in frame.op.attrs:
+            return "the loop runs beside others, and nothing may stand between"
         written = effect.reads & self.facts.effect(frame.op).writes
         if written:
             return f"it reads {listed(written)}, which the loop writes"

@@ -492,7 +492,7 @@ class Driver:
                         elif kind == FOREACH:
                             items = slots[a]
                             if fn.is_parallel:
-                                at_once = type(items) in _AT_ONCE
+                                at_once = fn.is_gathered or type(items) in _AT_ONCE
                                 child = Frame(program, fn.body, slots, frame, i - 1, ITEMS, fn, frame.depth, False)
                                 items = list(items) if at_once else iter(items)
                                 child.state = [items, [], at_once]

@@ -19,7 +19,7 @@ from operator import itemgetter
 from typing import Any
 
 from flowc.ir.core import Graph, Op, Region, Value, free_values, walk
-from flowc.ir.effects import order_edges
+from flowc.ir.effects import has_groups, order_edges
 from flowc.ir.errors import CompileError
 from flowc.ir.ops import effect_of, keyword_operands
 from flowc.ir.values import UNDEF
@@ -155,6 +155,7 @@ class ForeachNode:
     following: Getter
     lists: tuple[int, ...]
     is_parallel: bool
+    is_gathered: bool  # all items are taken before the first one's body starts
     out: slice
 
 
@@ -352,9 +353,9 @@ class _Body:
 
     def block(self, region: Region, tails: frozenset[str], handling: int | None) -> tuple[Block, set[str]]:
         """The block of a region whose parameters have their slots, and the names that it uses from outside."""
-        block = Block(self.graph.name, region.ordered, frame_of=self.frame_of)
+        ordered = region.ordered and not has_groups(region)
+        block = Block(self.graph.name, ordered, frame_of=self.frame_of)
         code, ops, space = block.code, block.ops, self.space
-        position: list[int] = []  # region index -> instruction, -1 for constants
         producer: dict[str, int] = {}
         used: set[str] = set()
         uses: list[set[str]] = []
@@ -363,12 +364,10 @@ class _Body:
             if op.name == "const":
                 space.constant(op.result, op.attrs["value"])
                 producer[op.result.name] = -1
-                position.append(-1)
                 continue
             if op.name == "undef":
                 space.constant(op.result, UNDEF)
                 producer[op.result.name] = -1
-                position.append(-1)
                 continue
             index = len(code)
             needs = {v.name for v in op.operands}
@@ -378,7 +377,6 @@ class _Body:
             ops.append(op)
             code.append((CALL0, None, None, None, None))
             code[index] = self.instruction(op, code, index, needs, tails if is_tail else frozenset(), handling)
-            position.append(index)
             uses.append(needs)
             for value in op.results:
                 producer[value.name] = index
@@ -386,12 +384,11 @@ class _Body:
             used |= needs
         used.update(v.name for v in region.yields)
         block.n = len(code)
-        if not region.ordered:
+        if not ordered:
             waits: list[set[int]] = [{producer[n] for n in needs if producer.get(n, -1) >= 0} for needs in uses]
-            if any(effect_of(op).reads or effect_of(op).writes for op in ops):
-                for at, earlier in enumerate(order_edges(region)):
-                    if position[at] >= 0:
-                        waits[position[at]].update(position[e] for e in earlier if position[e] >= 0)
+            if region.ordered or any(effect_of(op).reads or effect_of(op).writes for op in ops):
+                for index, earlier in enumerate(order_edges(Region((), tuple(ops), (), region.ordered))):
+                    waits[index].update(earlier)
             block.successors = [[] for _ in code]
             for index, before in enumerate(waits):
                 for e in before:
@@ -627,7 +624,16 @@ class _Body:
             self.space = space
         out = space.add(op.results)
         node = ForeachNode(
-            body, inits, params.start, slice(params.start + 1, params.stop), go_on, following, lists, is_parallel, out
+            body,
+            inits,
+            params.start,
+            slice(params.start + 1, params.stop),
+            go_on,
+            following,
+            lists,
+            is_parallel,
+            is_parallel and "group" in op.attrs,
+            out,
         )
         return (FOREACH, node, items, None, out)
 
