@@ -11,9 +11,12 @@ import mmap
 import os
 import re
 import threading
+import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +25,13 @@ import numpy.typing as npt
 from flowc.backends.embed.hashing import stem
 from flowc.ir.errors import FlowcError, ResourceError
 from flowc.ir.values import Docs
-from flowc.runtime.protocols import SearchRequest
+from flowc.runtime.protocols import ScanBudget, SearchRequest
 
 from .documents import Passage, embedded_text
 from .ivf import check_request
 from .store import IndexWriter, Manifest, PassageStore, check_files, damaged
 
-__all__ = ["BM25Retriever", "build_bm25", "words_of"]
+__all__ = ["BM25Retriever", "WordSearch", "build_bm25", "words_of"]
 
 K1 = 1.2
 B = 0.75
@@ -107,8 +110,39 @@ def build_bm25(
         )
 
 
+@dataclass(slots=True, eq=False)
+class WordSearch:
+    """A search of a BM25 index under way: one unit, which costs `cost` postings."""
+
+    of: BM25Retriever
+    request: SearchRequest
+    counts: Mapping[int, int]
+    cost: int
+    found: list[tuple[int, float]] | None = None
+    cancelled: bool = False
+
+    @property
+    def units(self) -> int:
+        return 1
+
+    @property
+    def costs(self) -> Sequence[int]:
+        return (self.cost,)
+
+    @property
+    def done(self) -> bool:
+        return self.found is not None or self.cancelled
+
+    def remaining(self) -> Sequence[int]:
+        return () if self.done else (0,)
+
+    def cancel(self) -> None:
+        """Keeps the search from being run, if it was not yet; `finish` refuses it then."""
+        self.cancelled = True
+
+
 class BM25Retriever:
-    """A mapped BM25 index, searched by words. Implements `flowc.runtime.protocols.Retriever`; safe in threads."""
+    """A mapped BM25 index, searched by words. Implements `flowc.runtime.protocols.ElasticRetriever`; thread-safe."""
 
     max_batch = 256
 
@@ -146,30 +180,77 @@ class BM25Retriever:
         Equal scores are in order of id; `nprobe` has no meaning here. A result does not depend on the batch.
         """
         out: list[Docs | Exception] = []
+        for search in self.begin(requests):
+            try:
+                out.append(self.finish(search) if isinstance(search, WordSearch) else search)
+            except FlowcError as e:
+                out.append(e)
+        return out
+
+    def begin(self, requests: Sequence[SearchRequest]) -> Sequence[WordSearch | Exception]:
+        """A search of one unit for each request, or that request's error. A score is a sum over all words, so there
+        is no part of the work whose result means anything; a `stop` has nothing to stop."""
+        out: list[WordSearch | Exception] = []
         for request in requests:
             try:
                 error = check_request(request)
                 if error is not None:
                     raise error
-                out.append(self._search(request.query, request.k))
+                if self._closed:
+                    raise ResourceError(f"the index at {self.path} was closed", code="F060", hint="open it again")
+                terms = self._vocabulary()
+                counts = Counter(terms[w] for w in words_of(request.query) if w in terms)
+                cost = sum(int(self._starts[t + 1] - self._starts[t]) for t in counts)
+                out.append(WordSearch(self, request, counts, cost))
             except FlowcError as e:
                 out.append(e)
         return out
 
-    def _search(self, query: str, k: int) -> Docs:
+    def run(self, work: Sequence[tuple[WordSearch, Sequence[int] | npt.NDArray[np.int64]]]) -> None:
+        """Runs searches whose one unit is named. Raises F060 if the index was closed, F062 if it is damaged."""
+        for search, units in work:
+            if search.of is not self:
+                raise ValueError("a search of another index")
+            if any(unit != 0 for unit in units):
+                raise ValueError("there is one unit, and its number is 0")
+            if len(units) and not search.done:
+                search.found = self._score(search)
+
+    def scan(self, searches: Sequence[WordSearch], budget: ScanBudget | None = None) -> None:
+        """Runs searches one after another until all are done or the budget is spent."""
+        began, spent = time.perf_counter(), 0
+        for units, search in enumerate((search for search in searches if not search.done), start=1):
+            self.run([(search, [0])])
+            spent += search.cost
+            if budget is not None and (
+                (budget.units is not None and units >= budget.units)
+                or (budget.codes is not None and spent >= budget.codes)
+                or (budget.seconds is not None and time.perf_counter() - began >= budget.seconds)
+            ):
+                return
+
+    def partial(self, search: WordSearch) -> Docs:
+        """The result if the search was run, and no passages before."""
+        return Docs(self.store.doc(i, s) for i, s in search.found or ())
+
+    def finish(self, search: WordSearch) -> Docs:
+        """The search's result, run now if it was not. Raises `CancelledError` if it was cancelled."""
+        if search.cancelled:
+            raise CancelledError("the search was cancelled")
+        self.run([(search, [0])])
+        return self.partial(search)
+
+    def _score(self, search: WordSearch) -> list[tuple[int, float]]:
         if self._closed:
             raise ResourceError(f"the index at {self.path} was closed", code="F060", hint="open it again")
-        terms = self._vocabulary()
         scores = np.zeros(self.manifest.count, dtype=np.float32)
-        counts = Counter(terms[w] for w in words_of(query) if w in terms)
         try:
-            for term in sorted(counts):  # one order of addition, so that the last bits do not depend on the wording
+            for term in sorted(search.counts):  # one order of addition: the last bits do not depend on the wording
                 at = slice(int(self._starts[term]), int(self._starts[term + 1]))
-                scores[self._docs[at]] += self._weights[at] * np.float32(counts[term])
+                scores[self._docs[at]] += self._weights[at] * np.float32(search.counts[term])
         except IndexError as e:
             raise damaged(self.path, f"a word list names a passage that is not there ({e})") from e
-        ids = best(scores, k)
-        return Docs(self.store.doc(int(i), float(scores[i])) for i in ids)
+        return [(int(i), float(scores[i])) for i in best(scores, search.request.k)]
 
     def _vocabulary(self) -> dict[str, int]:
         with self._lock:

@@ -21,8 +21,9 @@ import numpy.typing as npt
 
 from flowc.ir.errors import FlowcError, ResourceError
 from flowc.ir.values import Docs
-from flowc.runtime.protocols import Embedder, SearchRequest
+from flowc.runtime.protocols import Bounded, Budget, Embedder, ScanBudget, SearchRequest
 
+from .calibrate import calibrate, stopping_gap
 from .documents import Passage, embedded_text
 from .scan import F32, I64, Lists, ListSearch, load_faiss
 from .store import EmbedderInfo, IndexWriter, Manifest, PassageStore, check_files, damaged
@@ -47,6 +48,7 @@ _FILE = "index.faiss"
 _RECALL_AIM = 0.95
 _RECALL_SAMPLE = 100
 _EXCERPT_WORDS = 8  # about a question's length
+_CALIBRATION_SAMPLE = 400  # half to calibrate the early stop, half to measure what it then does
 
 
 # ------------------------------------------------------------------------------------------------ choosing
@@ -153,6 +155,11 @@ def build_vectors(
             nprobe, reason = _choose_nprobe(Lists(index), embedder, passages)
             reasons += (reason,)
             tell("measure", 1, 1)
+        calibration: dict[str, Any] = {}
+        if plan.nlist > 1:
+            tell("calibrate", 0, 1)
+            calibration = _calibrate(Lists(index), embedder, passages, nprobe)
+            tell("calibrate", 1, 1)
         writer.passages(passages)
         with writer.file(_FILE) as stream:
             # Through Python's file, because FAISS's own writer forgets what fclose says about a full disk.
@@ -169,6 +176,7 @@ def build_vectors(
                 embedder=EmbedderInfo(spec, embedder.fingerprint, dim),
                 settings={"seed": _SEED, "embedded": "{title}: {text}"},
                 reasons=reasons,
+                calibration=calibration,
             )
         )
 
@@ -302,9 +310,16 @@ def _choose_nprobe(lists: Lists, embedder: Embedder, passages: Sequence[Passage]
     )
 
 
+def _calibrate(lists: Lists, embedder: Embedder, passages: Sequence[Passage], nprobe: int) -> dict[str, Any]:
+    texts = excerpts([p.text for p in passages], _CALIBRATION_SAMPLE)
+    queries = np.ascontiguousarray(embedder.embed(texts), np.float32)
+    found = calibrate(lists, queries, nprobe)
+    return {"queries": f"excerpts of {_EXCERPT_WORDS} words of the index's own passages, seed {_SEED}", **found}
+
+
 # ------------------------------------------------------------------------------------------------ the retriever
 class IVFRetriever:
-    """A mapped vector index, searched by text or by vector. Implements `flowc.runtime.protocols.Retriever`.
+    """A mapped vector index, searched by text or by vector. Implements `flowc.runtime.protocols.ElasticRetriever`.
 
     `embedder` may be a function that makes one; it is called at the first search by text, and its fingerprint compared
     with the index's then (an embedder that is given as such is compared at once). Safe to use from several threads.
@@ -397,33 +412,65 @@ class IVFRetriever:
         """The best k passages of every request, or the error of that request, in order.
 
         Scores are inner products of unit vectors (cosines), equal ones in order of id. Fewer than k passages come back
-        only if the index holds fewer. Queries are embedded in one call, each distinct text once, and searched in one.
+        only if the index holds fewer, or a `Budget` ended the search. Queries are embedded in one call, each distinct
+        text once, and their lists scanned together.
         """
-        out: list[Docs | Exception | None] = [check_request(r) for r in requests]
+        begun = self.begin(requests)
+        try:
+            self.scan([search for search in begun if isinstance(search, ListSearch)])
+        except FlowcError as e:
+            return [e if isinstance(search, ListSearch) else search for search in begun]
+        out: list[Docs | Exception] = []
+        for search in begun:
+            try:
+                out.append(self.finish(search) if isinstance(search, ListSearch) else search)
+            except FlowcError as e:
+                out.append(e)
+        return out
+
+    def begin(self, requests: Sequence[SearchRequest]) -> Sequence[ListSearch | Exception]:
+        """A search with its lists ranked for each request, or that request's error. One embedding call for all."""
+        out: list[ListSearch | Exception | None] = [check_request(r) for r in requests]
         ready = [n for n, error in enumerate(out) if error is None]
         texts = list(dict.fromkeys(requests[n].query for n in ready))
         vectors = dict(zip(texts, self._embed(texts), strict=True))
-        good = []
         for n in ready:
             vector = vectors[requests[n].query]
-            if isinstance(vector, Exception):
-                out[n] = vector
-            else:
-                good.append((n, vector))
-        if good:
             try:
-                nprobes = [min(requests[n].nprobe or self.nprobe, self.manifest.nlist) for n, _ in good]
-                found = self.lists.search(np.stack([v for _, v in good]), [requests[n].k for n, _ in good], nprobes)
+                out[n] = vector if isinstance(vector, Exception) else self._begin(requests[n], vector)
             except FlowcError as e:
-                found = []
-                for n, _ in good:
-                    out[n] = e
-            for (n, _), (scores, ids) in zip(good, found, strict=False):
-                try:
-                    out[n] = Docs(self.store.doc(i, s) for i, s in zip(ids.tolist(), scores.tolist(), strict=True))
-                except FlowcError as e:
-                    out[n] = e
+                out[n] = e
         return [r if r is not None else AssertionError("unreachable") for r in out]
+
+    def _begin(self, request: SearchRequest, vector: F32) -> ListSearch:
+        nprobe = min(request.nprobe or self.nprobe, self.manifest.nlist)
+        k, gap = request.k, None
+        if isinstance(request.stop, Bounded):
+            found = stopping_gap(self.manifest.calibration, request.k, nprobe, request.stop.eps)
+            if found is not None:
+                k, gap = found
+        budget = request.stop if isinstance(request.stop, Budget) else None
+        return self.lists.begin(np.ascontiguousarray(vector), k, nprobe, request=request, budget=budget, gap=gap)
+
+    def run(self, work: Sequence[tuple[ListSearch, Sequence[int] | I64]]) -> None:
+        """Scans lists by their ranks in each search; see `ElasticRetriever`. Raises F060 if the index was closed."""
+        self.lists.run(work)
+
+    def scan(self, searches: Sequence[ListSearch], budget: ScanBudget | None = None) -> None:
+        """Scans on until every search is done or the budget is spent, everyone's nearest lists first."""
+        self.lists.scan(searches, budget)
+
+    def partial(self, search: ListSearch) -> Docs:
+        """The exact best k passages of the lists that the search has scanned."""
+        return self._docs(search, *self.lists.best(search))
+
+    def finish(self, search: ListSearch) -> Docs:
+        """The search's result, after scanning what is left of it. Raises `CancelledError` if it was cancelled."""
+        return self._docs(search, *self.lists.finish(search))
+
+    def _docs(self, search: ListSearch, scores: F32, ids: I64) -> Docs:
+        k = search.request.k if search.request is not None else search.k
+        return Docs(self.store.doc(i, s) for i, s in zip(ids[:k].tolist(), scores[:k].tolist(), strict=True))
 
     def search_vectors(self, vectors: npt.ArrayLike, k: int, nprobe: int | None = None) -> tuple[F32, I64]:
         """Scores and ids of shape (len(vectors), min(k, number of passages)), best first.
@@ -503,4 +550,23 @@ def check_request(request: SearchRequest) -> ResourceError | None:
             continue
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
             return ResourceError(f"{name} must be an integer from 1, found {value!r}", code="F063")
+    return _check_stop(request.stop)
+
+
+def _check_stop(stop: object) -> ResourceError | None:
+    match stop:
+        case None:
+            return None
+        case Bounded(eps):
+            if not isinstance(eps, (int, float)) or not 0 < eps < 1:
+                return ResourceError(f"the eps of `Bounded` must lie between 0 and 1, found {eps!r}", code="F063")
+        case Budget(lists, seconds):
+            if lists is None and seconds is None:
+                return ResourceError("a `Budget` needs a number of lists or of seconds", code="F063")
+            if lists is not None and (not isinstance(lists, int) or isinstance(lists, bool) or lists < 1):
+                return ResourceError(f"the lists of a `Budget` must be an integer from 1, found {lists!r}", code="F063")
+            if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds > 0):
+                return ResourceError(f"the seconds of a `Budget` must be above 0, found {seconds!r}", code="F063")
+        case _:
+            return ResourceError(f"stop must be `Bounded`, `Budget` or None, found {stop!r}", code="F063")
     return None

@@ -1,8 +1,8 @@
 """Elastic search over inverted lists: begun, scanned a few lists at a time in any order and company, always exact.
 
 A search is plain arrays: the probe order with its scores, which lists were scanned, and a heap of the best k + 6 found
-so far. At any moment the heap and a list of ties tell the exact best k of the lists scanned, so a search can pause, go on
-in another batch, be cancelled, or take in what another device found. Three facts make the result independent of all that:
+so far. At any moment these tell the exact best k of the lists scanned, so a search can pause, go on in another batch,
+be cancelled, or take in what another device found. Three facts make the result independent of all that:
 
 - *Distances are canonical.* The inner product that FAISS's list scanner computes is a function of the query and the
   stored code alone, whatever the batch, the thread or the order of the lists (measured bit for bit). Codes hold whole
@@ -76,6 +76,7 @@ class ListSearch:
     its free places.
     """
 
+    of: Lists
     query: F32
     k: int
     lists: I64
@@ -138,7 +139,9 @@ class ListSearch:
                 self.stopped = "lists"
             elif self.budget.seconds is not None and time.perf_counter() - self.began_s >= self.budget.seconds:
                 self.stopped = "seconds"
-        if self.gap is not None and float(self.near[self.rank]) < self.kth() - self.gap:
+        # Calibrated on the nearest lists in order: results of lists farther out must not raise the bar.
+        ordered = self._taken == self.rank
+        if ordered and self.gap is not None and float(self.near[self.rank]) < self.kth() - self.gap:
             self.stopped = "gap"
 
     def kth(self) -> float:
@@ -247,7 +250,7 @@ class Lists:
         lists, near = self._nearest(query, nprobe, k)
         keep = min(k + _SPARE, self.count)
         scores, ids = np.full(keep, -np.inf, dtype=np.float32), np.full(keep, -1, dtype=np.int64)
-        return ListSearch(query, k, lists, near, self.sizes[lists], scores, ids, request, budget, gap)
+        return ListSearch(self, query, k, lists, near, self.sizes[lists], scores, ids, request, budget, gap)
 
     # -------------------------------------------------------------------------------------------- run
     def search(self, queries: F32, k: Sequence[int], nprobe: Sequence[int]) -> list[tuple[F32, I64]]:
@@ -291,15 +294,19 @@ class Lists:
     def run(self, work: Work) -> None:
         """Scans the given ranks of each search. Those that were scanned before, and cancelled searches, are left out.
 
-        Raises `ValueError` if a search is named twice: one thread, one step at a time.
+        Raises `ValueError` for a search that stands there twice (one step at a time) or is one of another index.
         """
         if len({id(search) for search, _ in work}) < len(work):
             raise ValueError("a search stands twice in one step")
         sizes: defaultdict[int, list[tuple[ListSearch, I64]]] = defaultdict(list)
         for search, wanted in work:
+            if search.of is not self:
+                raise ValueError("a search of another index")
             if search.cancelled:
                 continue
             ranks = np.asarray(wanted, dtype=np.int64)
+            if (ranks < 0).any():
+                raise ValueError("ranks count from 0")
             fresh = ranks[~search.scanned[ranks]]
             if len(fresh) > 1 and (np.diff(fresh) <= 0).any():
                 fresh = np.unique(fresh)  # nearest first
@@ -431,7 +438,7 @@ class Lists:
         order = np.lexsort((ids, -scores))
         worst, k = scores[order[-1]], search.k
         if worst == scores[order[k - 1]] and worst != -np.inf:
-            scores, ids = self._as_good_as(search, worst)
+            scores, ids = self._as_good_as(search, float(worst))
             order = np.lexsort((ids, -scores))
         order = order[:k]
         scores, ids = scores[order], ids[order]
@@ -440,11 +447,11 @@ class Lists:
             scores, ids = scores[found], ids[found]
         return scores, ids
 
-    def _as_good_as(self, search: ListSearch, score: np.float32) -> tuple[F32, I64]:
+    def _as_good_as(self, search: ListSearch, score: float) -> tuple[F32, I64]:
         """All entries of the scanned lists with this score or a better one."""
         lists = np.ascontiguousarray(search.lists[search.scanned])
         held = int(self.sizes[lists].sum())
-        bar = np.nextafter(score, np.float32(-np.inf))
+        bar = np.nextafter(np.float32(score), np.float32(-np.inf))
         self._faiss.omp_set_num_threads(1)
         size = min(len(search.scores), held)
         while True:

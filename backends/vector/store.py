@@ -75,7 +75,10 @@ class EmbedderInfo:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What an index is. `kind`: "flat", "ivf" or "bm25"; `nlist`, `nprobe`, `codec` and `embedder` are for vectors."""
+    """What an index is. `kind`: "flat", "ivf" or "bm25"; `nlist`, `nprobe`, `codec` and `embedder` are for vectors.
+
+    `calibration` says where searches of this index may stop early; empty for none, as in indexes of before it existed.
+    """
 
     kind: str
     count: int
@@ -87,6 +90,7 @@ class Manifest:
     embedder: EmbedderInfo | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
+    calibration: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, FileInfo] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -177,6 +181,7 @@ def _manifest(row: dict[str, Any]) -> Manifest:
         embedder=embedder,
         settings=dict(row["settings"]),
         reasons=tuple(str(r) for r in row["reasons"]),
+        calibration=dict(row.get("calibration", {})),
         files=files,
     )
 

@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 # Reading documents takes the standard library alone; everything else here takes what [local] installs, as in CI.
 if importlib.util.find_spec("faiss") is None and not os.environ.get("CI"):
-    collect_ignore = ["test_bm25.py", "test_bundle.py", "test_ivf.py", "test_store.py"]
+    collect_ignore = [
+        "test_bm25.py",
+        "test_bundle.py",
+        "test_calibrate.py",
+        "test_ivf.py",
+        "test_scan.py",
+        "test_store.py",
+    ]
 
 
 @pytest.fixture(scope="session")
