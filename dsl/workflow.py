@@ -157,7 +157,7 @@ class Workflow(Runner[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The result; of an `async def` an awaitable of it."""
         if EAGER.get():
-            return self._eager_call(*args, **kwargs)
+            return self._eager_call(*args, **kwargs)  # type: ignore[no-any-return]
         if self.is_async:
             return self.aio(*args, **kwargs)  # type: ignore[return-value]
         try:
@@ -191,8 +191,7 @@ class Workflow(Runner[P, R]):
         return self._capture(self._declared if types is None else types)
 
     def compile(self, opt: int | None = None, passes: str | None = None) -> CompiledWorkflow[P, R]:
-        """A plan, callable like the workflow: at a level (default: the configuration's, 2), or by passes (`"cse,dce"`).
-        """
+        """A plan, callable like the workflow, at a level (default: as configured, 2) or by passes (`"cse,dce"`)."""
         return CompiledWorkflow(self, self.opt if opt is None else opt, passes)
 
     def explain(self) -> str:

@@ -84,7 +84,8 @@ def described_error(error: BaseException, filename: str) -> Any:
     message = error.message if isinstance(error, FlowcError) else str(error)
     free = re.fullmatch(r"cannot access free variable ('\w+') where it is not associated with .*", message)
     if free:  # inside a comprehension, which is a function of its own before Python 3.12 (PEP 709)
-        kind, message = "UnboundLocalError", f"cannot access local variable {free[1]} where it is not associated with a value"
+        kind = "UnboundLocalError"
+        message = f"cannot access local variable {free[1]} where it is not associated with a value"
         lines = []
     return (
         kind, clean_text(message), lines[-1] if lines else None, inner,

@@ -23,6 +23,19 @@ ANNOTATIONS = {INT: "int", STR: "str", BOOL: "bool", INTS: "list[int]", STRS: "l
 NAMES = ("a", "b", "c", "d", "e", "f", "g", "h")
 WORDS = ("", "x", "yes", "no", "A b", "éß", "12", "{q}")
 ERRORS = ("ValueError", "LookupError", "(TypeError, ArithmeticError)", "Exception", "OSError", "OwnError", "KeyError")
+HEAD = """from tests.program_world import *
+
+GLOBAL = 5
+WIDTH = 4
+WORD = 'word'
+BOX = Box(1)
+CONST_INTS = [5, 6]
+CONST_WORDS = ['k', 'l']
+ONE_DOC = Docs([Doc(1, 'one', 0.5, 's', 'T')])
+OPTIONS = ('yes', 'no')
+
+
+"""
 
 
 @dataclass(frozen=True)
@@ -677,7 +690,7 @@ class Writer:
                 "stir()",
                 f"poke({name})",
                 f"{name}[0:1] = {name}",
-            )  # fmt: skip
+            )
         )
         return None
 
@@ -718,7 +731,7 @@ class Writer:
                 "stir()",
                 "note(GLOBAL)",
                 f"log('py', 'note', {self.e(ANY, d)})",
-            )  # fmt: skip
+            )
         )
 
     def _store(self) -> None:
@@ -1030,17 +1043,17 @@ class Writer:
 
     def argument(self, kind: str) -> str:
         return {
-            INT: str(self.rng.randrange(-1, 6)), STR: repr(self.rng.choice((*WORDS, "what is it?"))), BOOL:
-            self.pick("True", "False"),
-            INTS: self.pick("[]", "[1]", "[4, 0, 3]"), STRS: self.pick("[]", "['s', 't']"), BOX: "Box(2)",
-        }[kind]  # fmt: skip
+            INT: str(self.rng.randrange(-1, 6)),
+            STR: repr(self.rng.choice((*WORDS, "what is it?"))),
+            BOOL: self.pick("True", "False"),
+            INTS: self.pick("[]", "[1]", "[4, 0, 3]"),
+            STRS: self.pick("[]", "['s', 't']"),
+            BOX: "Box(2)",
+        }[kind]
 
     def module(self) -> Program:
         is_async = self.p(0.3)
-        self.lines += [
-            "from tests.program_world import *", "", "GLOBAL = 5", "WIDTH = 4", "WORD = 'word'", "BOX = Box(1)", "CONST_INTS = [5, 6]",
-            "CONST_WORDS = ['k', 'l']", "ONE_DOC = Docs([Doc(1, 'one', 0.5, 's', 'T')])", "OPTIONS = ('yes', 'no')", "", "",
-        ]  # fmt: skip
+        self.lines += HEAD.splitlines()
         if self.p(0.1):
             self.recursive()
             self.workflows.append(Signature("countdown", (("n", INT), ("s", STR)), STR, False, is_recursive=True))
@@ -1101,7 +1114,8 @@ class _Without(ast.NodeTransformer):
                 self.number -= 1
                 if self.number == 0:
                     return child.value if isinstance(child, ast.Starred) else child
-        return self.visit(value)
+        result: ast.AST = self.visit(value)
+        return result
 
 
 def reduce(program: Program, fails: Callable[[Program], bool], seconds: float = 15.0) -> Program:

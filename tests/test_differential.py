@@ -43,7 +43,11 @@ def test_compiled_equals_eager(first: int) -> None:
     assert captured >= 0.9 * len(seeds), f"seeds {seeds}: only {captured} programs were captured"
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+)
 @given(st.randoms(use_true_random=False), st.integers(5, 40))
 def test_compiled_equals_eager_shrinking(rng: random.Random, size: int) -> None:
     """The same with draws that hypothesis makes, so that it can shrink a program that fails."""
@@ -51,7 +55,11 @@ def test_compiled_equals_eager_shrinking(rng: random.Random, size: int) -> None:
         check(0, runtime, rng, size)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+)
 @given(st.randoms(use_true_random=False), st.integers(5, 40))
 def test_captured_graphs_print_and_parse(rng: random.Random, size: int) -> None:
     loaded = Loaded(generate(rng, size))

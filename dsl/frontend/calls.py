@@ -56,7 +56,7 @@ class Calls(Expressions):
         found = self.resolver.resolve(node.func)
         if found is MISSING:
             return None
-        bound = getattr(found, "__self__", None)
+        bound: Any = getattr(found, "__self__", None)
         if isinstance(bound, Resource) and found.__name__ in bound.operations:
             return ("resource", found) if _fits(_method_signature(found), node) else None
         if isinstance(found, Tool):
@@ -64,7 +64,8 @@ class Calls(Expressions):
         if getattr(bound, "__flowc_workflow__", False) and found.__name__ == "aio":
             found = bound
         if getattr(found, "__flowc_workflow__", False):
-            return ("workflow", found) if _fits(found.signature, node) else None
+            called: Any = found
+            return ("workflow", called) if _fits(called.signature, node) else None
         if getattr(found, "__flowc_invoke__", False):
             return "invoke", found
         return None
@@ -133,8 +134,11 @@ class Calls(Expressions):
             return node.args[0]
         return None
 
+    def may_be_task(self, name: str) -> bool:
+        return name in self._task_names
+
     @functools.cached_property
-    def task_names(self) -> frozenset[str]:
+    def _task_names(self) -> frozenset[str]:
         """Variables that may hold the task of an operation."""
         found: set[str] = set()
         for n in ast.walk(self.src.node):
@@ -324,7 +328,7 @@ class Calls(Expressions):
     def _chat(self, messages: ast.expr) -> Value:
         value = self.lower(messages, "messages")
         self.builder.scopes.setdefault(
-            _CHAT_SCOPE, Scope(vars(resources_module), {}, resources_module.__file__ or "", "chat")
+            _CHAT_SCOPE, Scope(resources_module.__dict__, {}, resources_module.__file__ or "", "chat")
         )
         info = Info(TEXT, Info(value.type).touch, True)
         (prompt,) = self.py(
@@ -440,14 +444,14 @@ class Calls(Expressions):
         return self.know(value, sites=sites, is_declared=callee.is_declared)
 
     def _default(self, node: ast.Call, workflow: Any, name: str, default: Any) -> Value:
-        if isinstance(default, (str, int, float, bool, type(None), bytes)):
-            return self.builder.const(default, name)
-        self.fail(
-            node,
-            "F017",
-            f"the default of `{name}` in workflow `{workflow.name}` is an object that the graph cannot hold",
-            f"pass `{name}` explicitly",
-        )
+        if not isinstance(default, (str, int, float, bool, type(None), bytes)):
+            self.fail(
+                node,
+                "F017",
+                f"the default of `{name}` in workflow `{workflow.name}` is an object that the graph cannot hold",
+                f"pass `{name}` explicitly",
+            )
+        return self.builder.const(default, name)
 
 
 def _seen_by_callee(t: Type) -> Type:

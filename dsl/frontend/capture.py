@@ -24,7 +24,7 @@ from .statements import Statements
 class Captured(Protocol):
     """What the frontend needs of a workflow object."""
 
-    fn: FunctionType
+    fn: Any  # the plain function
     name: str
     signature: inspect.Signature
     is_async: bool
@@ -168,8 +168,7 @@ def _check(src: FunctionSource, workflow: Captured) -> None:
 
 
 def _inner_names(node: ast.AST) -> set[str]:
-    """What comprehensions and lambdas of a function call their own: such a name may mean something else outside them.
-    """
+    """What comprehensions and lambdas of a function call their own; outside them the names may mean others."""
     found: set[str] = set()
     for n in ast.walk(node):
         if isinstance(n, ast.comprehension):

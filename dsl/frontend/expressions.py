@@ -41,9 +41,8 @@ class Expressions(State):
     def is_gather(self, node: ast.expr) -> bool:
         raise NotImplementedError
 
-    @property
-    def task_names(self) -> frozenset[str]:
-        """Variables that may hold the task of an operation."""
+    def may_be_task(self, name: str) -> bool:
+        """May the variable hold the task of an operation?"""
         raise NotImplementedError
 
     # -- which code holds operations
@@ -62,7 +61,7 @@ class Expressions(State):
             return True
         match node:  # a task that stands for an operation: `await task`, `task.result()`
             case ast.Await(ast.Name(id=name)) | ast.Call(ast.Attribute(ast.Name(id=name), "result"), [], []):
-                return name in self.task_names
+                return self.may_be_task(name)
         return any(self.has_op(child) for child in ast.iter_child_nodes(node))
 
     def _reads_unbound(self, node: ast.AST) -> bool:

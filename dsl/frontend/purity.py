@@ -93,7 +93,8 @@ TEXT_METHODS: dict[str, tuple[Type, bool]] = {
         (
             BOOL,
             False,
-            "isdigit isalpha isalnum isspace isupper islower isnumeric isdecimal isidentifier istitle isascii isprintable",
+            "isdigit isalpha isalnum isspace isupper islower isnumeric isdecimal isidentifier istitle isascii "
+            "isprintable",
         ),
         (INT, True, "index rindex"),
         (INT, True, "find rfind count"),
@@ -553,15 +554,12 @@ class Analyzer:
         sites: frozenset[Site] = parts.sites
         result = _RESULT.get(target, ANY)
         if target is len:
-            raises = (
-                not (is_immutable(first) or first.name == "sequence") or (is_scalar(first) and first not in (TEXT, BYTES))
-            )
+            has_length = first.name == "sequence" or (is_immutable(first) and not is_scalar(first))
+            raises = not (has_length or first in (TEXT, BYTES))
         elif (
             target in (str, repr, format, ascii, bool)
-            or (target is int
-            and first in (INT, BOOL))
-            or (target is float
-            and first in NUMBERS)
+            or (target is int and first in (INT, BOOL))
+            or (target is float and first in NUMBERS)
         ):
             raises = not all(is_immutable(i.type) for i in infos) or target is format
         elif target in (callable, range):
@@ -794,8 +792,7 @@ def free_names(node: ast.AST) -> list[str]:
 
 
 def _held_names(node: ast.AST) -> list[str]:
-    """Variables that a lambda, generator or nested definition reads later, when it runs; its defaults are read at once.
-    """
+    """Variables that a lambda, generator or nested definition reads later, when it runs: not its defaults."""
     match node:
         case ast.GeneratorExp():
             first = ast.comprehension(node.generators[0].target, ast.Constant(None), node.generators[0].ifs, 0)

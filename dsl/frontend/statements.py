@@ -443,8 +443,7 @@ class Statements(Calls):
         return self.builder.emit("equals", (left,), [("again", BOOL)], {"value": NORMAL})[0]
 
     def _collected(self, s: ast.For) -> frozenset[str]:
-        """Lists that the body only appends to: their items are collected, so that turns need not wait for each other.
-        """
+        """Lists that the body only appends to: what they gain is collected, so that no turn waits for another."""
         found: set[str] = set()
         counts: dict[str, int] = {}
         for stmt in s.body:
@@ -494,7 +493,8 @@ class Statements(Calls):
             either(self.fact(v), known[1][i]) if known and len(known[1]) == n else self.fact(v)
             for i, v in enumerate(inits)
         ]
-        for attempt in range(6):
+        attempt = 0
+        while True:
             params: list[tuple[str, Type]] = [(item, item_type(items.type))] if items is not None else []
             params += [(HINTS.get(name, name), t) for name, t in zip(carried, types, strict=True)]
 
@@ -514,6 +514,7 @@ class Statements(Calls):
                 break
             types = grown if attempt < 3 else [t if a == t else ANY for a, t in zip(grown, types, strict=True)]
             facts = grown_facts
+            attempt += 1
         self.loop_types[id(s)] = (tuple(types), tuple(facts))
         hints = [(HINTS.get(name, name), t) for name, t in zip(carried, types, strict=True)]
         if items is not None:
@@ -805,8 +806,7 @@ class Statements(Calls):
         )
 
     def _task_group(self, s: ast.AsyncWith) -> None:
-        """`async with asyncio.TaskGroup() as group`: the operations it starts; their errors come as an ExceptionGroup.
-        """
+        """`async with asyncio.TaskGroup() as group`: what it starts; errors come as an ExceptionGroup."""
         variable = s.items[0].optional_vars
         assert isinstance(variable, ast.Name)
         name = variable.id

@@ -34,7 +34,8 @@ def test_a_tool_that_is_replaced_between_calls() -> None:
 
 def test_a_resource_in_a_closure() -> None:
     loaded = load(
-        "def make(model):\n    @workflow\n    def inner(x: str):\n        return model.generate(x)\n    return inner\n\nmain = make(llm)\n"
+        "def make(model):\n    @workflow\n    def inner(x: str):\n        return model.generate(x)\n"
+        "    return inner\n\nmain = make(llm)\n"
     )
     with direct_host():
         main = loaded.module.main

@@ -1,5 +1,4 @@
-"""The source of a workflow is found wherever it was typed: files, notebook cells, `python -c`, the interactive prompt.
-"""
+"""The source of a workflow is found wherever it was typed: files, notebook cells, `python -c`, the prompt."""
 
 import linecache
 import os
@@ -29,9 +28,15 @@ def answer(q: str) -> str:
 """
 
 
+def remember(name: str, text: str) -> None:
+    """What IPython does with a cell that it runs."""
+    lines: list[str] = list(text.splitlines(keepends=True))
+    linecache.cache[name] = (len(text), None, lines, name)
+
+
 def test_a_notebook_cell_with_a_magic() -> None:
     name = "<ipython-input-7-abc>"
-    linecache.cache[name] = (len(CELL), None, CELL.splitlines(keepends=True), name)
+    remember(name, CELL)
     namespace: dict[str, object] = {"__name__": "__main__"}
     try:
         exec(compile("\n" + CELL.split("\n", 1)[1], name, "exec"), namespace)
@@ -46,7 +51,7 @@ def test_a_cell_that_is_run_again_takes_its_newest_text() -> None:
     for number, word in enumerate(("old", "new")):
         name = f"<ipython-input-{number}-x>"
         text = f"from flowc import workflow\n@workflow\ndef f(x: str) -> str:\n    return x + '{word}'\n"
-        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+        remember(name, text)
         namespace: dict[str, object] = {"__name__": "__main__"}
         exec(compile(text, name, "exec"), namespace)
         graph = namespace["f"].graph()  # type: ignore[attr-defined]
@@ -55,7 +60,10 @@ def test_a_cell_that_is_run_again_takes_its_newest_text() -> None:
 
 
 def test_python_dash_c() -> None:
-    text = "from flowc import workflow\n@workflow\ndef f(n: int):\n    return [i * n for i in range(3)]\nprint(f.graph().name, f.eager(2))"
+    text = (
+        "from flowc import workflow\n@workflow\ndef f(n: int):\n    return [i * n for i in range(3)]\n"
+        "print(f.graph().name, f.eager(2))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", text], env=ENV, capture_output=True, text=True, timeout=60, check=False
     )
