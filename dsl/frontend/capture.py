@@ -14,11 +14,12 @@ from flowc.ir.core import Graph, Scope
 from flowc.ir.errors import CaptureError
 from flowc.ir.types import Type
 
-from .liveness import RETURN_VALUE, Liveness, binds
+from .liveness import RETURN_VALUE, Liveness
 from .names import Guard, Resolver
 from .purity import Site
 from .source import FunctionSource, function_source, scope_name
 from .statements import Statements
+from .survey import Survey, survey
 
 
 class Captured(Protocol):
@@ -67,19 +68,16 @@ class Session:
 
     def _lower(self, workflow: Captured, name: str, types: tuple[Type, ...]) -> tuple[Graph, bool]:
         src = function_source(workflow.fn)
-        _check(src, workflow)
         body = src.node.body
-        declared = {n for s in ast.walk(src.node) if isinstance(s, (ast.Global, ast.Nonlocal)) for n in s.names}
         parameters = list(workflow.signature.parameters)
-        own = frozenset(parameters) | binds(body, appends=False)
-        local = frozenset(own - declared)
-        inner = _inner_names(src.node)
-        has_walrus = any(isinstance(n, ast.NamedExpr) for n in ast.walk(src.node))
+        facts = survey(src.node, parameters)
+        local = frozenset(facts.binding_counts.keys() - facts.outer)
+        _check(src, workflow, facts, local)
         live = Liveness(body)
         scope = self._scope(workflow.fn)
         tainted: frozenset[Site] = frozenset()
         while True:
-            resolver = Resolver(workflow.fn, local | inner, frozenset(declared))
+            resolver = Resolver(workflow.fn, local | facts.inner, frozenset(facts.outer))
             builder = Builder(name, list(zip(parameters, types, strict=True)), scope=scope, loc=src.loc(src.node))
             builder.scopes, builder.symbols = self.scopes, self.symbols
             lowering = Statements(
@@ -93,9 +91,10 @@ class Session:
                 tainted,
                 workflow.max_iterations,
             )
-            lowering.has_walrus = has_walrus
-            lowering.outer_names = frozenset(declared)
-            lowering.binding_counts, lowering.bound_in_loops = _bindings(src.node, parameters)
+            lowering.has_walrus = facts.has_walrus
+            lowering.outer_names = frozenset(facts.outer)
+            lowering.binding_counts = facts.binding_counts
+            lowering.bound_in_loops = frozenset(facts.bound_in_loops)
             lowering.env = dict(zip(parameters, builder.params, strict=True))
             lowering.block(body, frozenset({RETURN_VALUE}), tail=True)
             if lowering.escaped <= tainted:
@@ -137,25 +136,28 @@ def capture(workflow: Captured, types: Sequence[Type]) -> tuple[Graph, tuple[Gua
     return replace(entry.graph, callees=others), tuple(session.guards.values())
 
 
-def _check(src: FunctionSource, workflow: Captured) -> None:
+def _check(src: FunctionSource, workflow: Captured, facts: Survey, local: frozenset[str]) -> None:
     node = src.node
 
     def fail(at: ast.AST, code: str, message: str, hint: str) -> None:
         loc = src.loc(at)
         raise CaptureError(message, code=code, loc=loc, hint=hint, source=src.line(loc.line))
 
-    pending: list[ast.AST] = list(node.body)
-    while pending:
-        n = pending.pop()
-        if isinstance(n, (ast.Yield, ast.YieldFrom)):
+    if facts.first_yield is not None:
+        fail(
+            facts.first_yield,
+            "F012",
+            "`yield` cannot be captured in a workflow",
+            "return the list, and read tokens as they come with `workflow.stream(...)`",
+        )
+    for name, at in facts.rebound_within.items():
+        if name in local:
             fail(
-                n,
-                "F012",
-                "`yield` cannot be captured in a workflow",
-                "return the list, and read tokens as they come with `workflow.stream(...)`",
+                at,
+                "F015",
+                f"a nested function rebinds the variable `{name}` of the workflow",
+                f"let it return the new value: `{name} = f({name})`",
             )
-        if not isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
-            pending.extend(ast.iter_child_nodes(n))
     for p in workflow.signature.parameters.values():
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             given = node.args.vararg if p.kind == p.VAR_POSITIONAL else node.args.kwarg
@@ -165,57 +167,3 @@ def _check(src: FunctionSource, workflow: Captured) -> None:
                 f"`*{p.name}` in the signature of a workflow cannot be captured",
                 "take a list or a dict as one parameter",
             )
-
-
-def _inner_names(node: ast.AST) -> set[str]:
-    """What comprehensions and lambdas of a function call their own; outside them the names may mean others."""
-    found: set[str] = set()
-    for n in ast.walk(node):
-        if isinstance(n, ast.comprehension):
-            found.update(x.id for x in ast.walk(n.target) if isinstance(x, ast.Name))
-        elif isinstance(n, ast.Lambda):
-            found.update(a.arg for a in ast.walk(n.args) if isinstance(a, ast.arg))
-    return found
-
-
-def _bindings(
-    node: ast.FunctionDef | ast.AsyncFunctionDef, parameters: Sequence[str]
-) -> tuple[dict[str, int], frozenset[str]]:
-    """How many places bind each variable, and which are bound inside a loop."""
-    counts = dict.fromkeys(parameters, 1)
-    in_loops: set[str] = set()
-
-    def bind(name: str, in_loop: bool) -> None:
-        counts[name] = counts.get(name, 0) + 1
-        if in_loop:
-            in_loops.add(name)
-
-    def visit(n: ast.AST, in_loop: bool) -> None:
-        match n:
-            case ast.Name(ctx=ast.Store() | ast.Del()):
-                bind(n.id, in_loop)
-            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-                bind(n.name, in_loop)
-                return
-            case ast.Lambda():
-                return
-            case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
-                for walrus in (x for x in ast.walk(n) if isinstance(x, ast.NamedExpr)):
-                    bind(walrus.target.id, True)
-                return
-            case ast.ExceptHandler() | ast.MatchAs() | ast.MatchStar() if n.name:
-                bind(n.name, in_loop)
-            case ast.MatchMapping() if n.rest:
-                bind(n.rest, in_loop)
-            case ast.Import() | ast.ImportFrom():
-                for a in n.names:
-                    bind(a.asname or a.name.split(".")[0], in_loop)
-            case _:
-                pass
-        inside = in_loop or isinstance(n, (ast.For, ast.AsyncFor, ast.While))
-        for child in ast.iter_child_nodes(n):
-            visit(child, inside)
-
-    for s in node.body:
-        visit(s, False)
-    return counts, frozenset(in_loops)

@@ -20,3 +20,20 @@ def main(n: int) -> int:
     return add(n)
 """
 CALL = (1,)
+MORE = [
+    (
+        """
+from flowc import workflow
+
+@workflow
+def main(n: int) -> int:
+    total = 0
+    def add(x):
+        nonlocal total
+        total += x
+    add(n)
+    return total
+""",
+        "nonlocal total",
+    ),
+]
