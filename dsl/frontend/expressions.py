@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,11 @@ from flowc.ir.types import ANY, BOOL, INT, TEXT, Type, is_immutable, item_type, 
 from .liveness import binds
 from .names import MISSING
 from .purity import PURE, WRITES, Analyzer, Info, awaits, free_names, may_hold_lists
-from .source import synthetic
+from .source import children, synthetic
 from .state import NO_FACT, Fact, State, either
 
 if TYPE_CHECKING:
-    from flowc.ir.core import Attr
+    from flowc.ir.core import Attr, Region
 
 _CONVERSIONS = {-1: "", ord("r"): "!r", ord("s"): "!s", ord("a"): "!a"}
 _WALKS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -48,6 +48,8 @@ class Expressions(State):
     # -- which code holds operations
     def has_op(self, node: ast.AST) -> bool:
         """Does this piece of code hold an operation (outside nested functions, which stay Python)?"""
+        if isinstance(node, (ast.Name, ast.Constant)):
+            return False
         known = self.has_op_memo.get(id(node))
         if known is None:
             known = (node, self._find_op(node))
@@ -62,7 +64,7 @@ class Expressions(State):
         match node:  # a task that stands for an operation: `await task`, `task.result()`
             case ast.Await(ast.Name(id=name)) | ast.Call(ast.Attribute(ast.Name(id=name), "result"), [], []):
                 return self.may_be_task(name)
-        return any(self.has_op(child) for child in ast.iter_child_nodes(node))
+        return any(map(self.has_op, children(node)))
 
     def _reads_unbound(self, node: ast.AST) -> bool:
         """Does it read a local that may be unbound?"""
@@ -452,10 +454,14 @@ class Expressions(State):
             body, _ = self.region(per_item, [(_target_name(g.target), item_type(items.type))])
         finally:
             self.locals = hidden
+        return self.collected(node, items, body, hint, self.iteration_effect(items))
+
+    def collected(self, node: ast.expr, items: Value, body: Region, hint: str, effect: Mapping[str, Attr]) -> Value:
+        """The list that a comprehension gives: the `foreach` over `items` with this body."""
         found = body.yields[0]
         (value,) = self.builder.emit(
             "foreach", (items,), [(hint if hint != "v" else "items", self._list_type(node, found))],
-            {"collects": 1, **self.iteration_effect(items)}, (body,),
+            {"collects": 1, **effect}, (body,),
         )  # fmt: skip
         site = (node.lineno, node.col_offset)
         inner_sites = self.fact(found).sites if may_hold_lists(item_type(found.type)) else frozenset()

@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterable, Sequence
 from typing import TypeGuard
 
+from .source import children
+
 RETURN_VALUE = "<return>"
 
 
@@ -50,7 +52,7 @@ def reads_in_order(node: ast.AST | Iterable[ast.AST]) -> dict[str, None]:
                 visit_all([*n.decorator_list, *n.bases, *(k.value for k in n.keywords)], own)
                 visit_all(n.body, own | binds(n.body, appends=False))
             case _:
-                visit_all(ast.iter_child_nodes(n), own)
+                visit_all(children(n), own)
 
     def visit_all(nodes: Iterable[ast.AST | None], own: frozenset[str]) -> None:
         for child in nodes:
@@ -87,7 +89,7 @@ def binds(node: ast.AST | Iterable[ast.AST], *, appends: bool = True) -> set[str
             return
         if isinstance(n, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
             own = frozenset(x.id for g in n.generators for x in ast.walk(g.target) if isinstance(x, ast.Name))
-            for child in ast.iter_child_nodes(n):
+            for child in children(n):
                 visit(child, comprehension | own)
             return
         if isinstance(n, ast.NamedExpr):
@@ -106,7 +108,7 @@ def binds(node: ast.AST | Iterable[ast.AST], *, appends: bool = True) -> set[str
             found.add(n.name)
         elif isinstance(n, ast.MatchMapping) and n.rest:
             found.add(n.rest)
-        for child in ast.iter_child_nodes(n):
+        for child in children(n):
             visit(child, comprehension)
 
     for top in [node] if isinstance(node, ast.AST) else list(node):

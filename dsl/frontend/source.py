@@ -6,6 +6,7 @@ import ast
 import inspect
 import linecache
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import TypeVar
@@ -51,6 +52,18 @@ class FunctionSource:
         if getattr(node, "end_lineno", line) != line:
             end = len(text)
         return Loc(self.filename, line, col, end)
+
+
+def children(node: ast.AST) -> Iterator[ast.AST]:
+    """As `ast.iter_child_nodes`, without operators and contexts, and twice as fast."""
+    for name in node._fields:
+        value = getattr(node, name, None)
+        if value.__class__ is list:
+            for item in value:
+                if isinstance(item, ast.AST):
+                    yield item
+        elif isinstance(value, ast.AST) and not isinstance(value, (ast.expr_context, ast.operator, ast.cmpop)):
+            yield value
 
 
 N = TypeVar("N", bound=ast.AST)

@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from .source import children
+
 _LOOPS = (ast.For, ast.AsyncFor, ast.While)
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -49,7 +51,7 @@ def survey(node: ast.FunctionDef | ast.AsyncFunctionDef, parameters: Sequence[st
             continue
         is_nested = is_nested or isinstance(n, (*_FUNCTIONS, ast.Lambda))
         in_loop = in_loop or isinstance(n, _LOOPS)
-        pending += ((c, in_loop, is_nested) for c in _children(n))
+        pending += ((c, in_loop, is_nested) for c in children(n))
     return found
 
 
@@ -87,24 +89,12 @@ def _note(found: Survey, n: ast.AST, in_loop: bool, is_nested: bool) -> None:
 
 def _parts(n: ast.AST) -> Iterator[ast.AST]:
     """Of a comprehension, what may bind variables of the function: all but its own targets."""
-    for child in _children(n):
+    for child in children(n):
         if isinstance(child, ast.comprehension):
             yield child.iter
             yield from child.ifs
         else:
             yield child
-
-
-def _children(n: ast.AST) -> Iterator[ast.AST]:
-    """As `ast.iter_child_nodes`, without operators and contexts."""
-    for name in n._fields:
-        value = getattr(n, name, None)
-        if value.__class__ is list:
-            for item in value:
-                if isinstance(item, ast.AST):
-                    yield item
-        elif isinstance(value, ast.AST) and not isinstance(value, (ast.expr_context, ast.operator, ast.cmpop)):
-            yield value
 
 
 __all__ = ["Survey", "survey"]
