@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Set before anything imports torch, faiss or tokenizers: they read these once. With pytest-xdist there is one process
-# per core already, and two thread pools on one core are slower than one.
+# Set before anything imports torch, triton, faiss or tokenizers: they read these once. With pytest-xdist there is one
+# process per core already, and two thread pools on one core are slower than one.
 for _name, _value in {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TRITON_INTERPRET": "1",  # kernels run on the CPU; benchmarks/gpu.py runs their tests with 0, on a device
 }.items():
     os.environ.setdefault(_name, _value)
 

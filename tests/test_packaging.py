@@ -114,7 +114,7 @@ def test_what_is_imported_is_required() -> None:
     extras = requirement_names([line for extra in project["optional-dependencies"].values() for line in extra])
     assert used - base - extras == set()
     assert base - used == set()
-    assert extras - used <= {"triton"}, "the [gpu] extra is what torch compiles kernels with; flowc's own come later"
+    assert extras - used == set()
 
 
 def test_import_is_light() -> None:
