@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 from flowc.dsl import host as host_module
+from flowc.dsl.signatures import argument_types
 from flowc.ir.core import Graph
 from flowc.ir.errors import CaptureError, FlowcError
 from flowc.ir.parser import parse_graph
@@ -197,6 +198,24 @@ def differences(
             loaded.close()
 
 
+Run = Callable[[tuple[Any, ...]], Any]
+
+
+def _compiled(
+    graph: Graph, runtime: Runtime, rng: random.Random, ways: Sequence[str]
+) -> Iterator[tuple[str, Graph, Run]]:
+    """The ways to run a graph: name, rewritten graph, what runs it. Ways that change nothing are left out."""
+    for how in ways:
+        if how == "reference":
+            yield how, graph, partial(_interpret, graph)
+        elif how != "-O3" or PIPELINES[3] != PIPELINES[2]:
+            text = random_pipeline(rng) if how == "random passes" else ""
+            steps = parse_pipeline(text) if text else pipeline(int(how[2:]))
+            rewritten = PassManager(steps, verify_each=True).run(graph).graph
+            if rewritten is not graph or how == "-O0":
+                yield f"{how} {text}".strip(), rewritten, partial(runtime.run, build_plan(rewritten), timeout_s=5)
+
+
 def _interpret(graph: Graph, args: tuple[Any, ...]) -> Any:
     return world.interpret_graph(graph, args)
 
@@ -208,14 +227,13 @@ def _differences(loaded: Loaded, runtime: Runtime, rng: random.Random, ways: Seq
         found = main.eager(*args)
         return asyncio.run(found) if asyncio.iscoroutine(found) else found
 
+    known: dict[Graph, list[tuple[str, Graph, Run]]] = {}
     for call in loaded.program.calls:
         expected = loaded.outcome(call, eager)
         if expected.error is not None and expected.error[0] == "RecursionError":
             continue
         try:
             args = main.bind(loaded.fresh_arguments(call), {})
-            from flowc.dsl.signatures import argument_types
-
             graph = main.graph(argument_types(main._declared, args))
         except CaptureError as e:
             yield Difference(f"capture: {e}", call, expected, None, None)
@@ -223,34 +241,23 @@ def _differences(loaded: Loaded, runtime: Runtime, rng: random.Random, ways: Seq
         except Exception as e:
             yield Difference(f"capture crashed: {''.join(traceback.format_exception(e))}", call, expected, None, None)
             return
-        try:
-            verify(graph)
-            again = parse_graph(print_graph(graph))
-        except Exception as e:
-            yield Difference(f"verify or print: {e}", call, None, None, graph)
-            continue
-        if again != graph:
-            yield Difference("parse(print(graph)) != graph", call, graph, again, again)
-        for how in ways:
-            if how == "-O3" and PIPELINES[3] == PIPELINES[2]:
-                continue
-            text = random_pipeline(rng) if how == "random passes" else ""
-            name = f"{how} {text}".strip()
-            shown: Graph = graph
-            run: Callable[[tuple[Any, ...]], Any] = partial(_interpret, graph)
+        if graph not in known:
             try:
-                if how != "reference":
-                    steps = pipeline(int(how[2:])) if how.startswith("-O") else parse_pipeline(text)
-                    compilation = PassManager(steps, verify_each=True).run(graph)
-                    shown = compilation.graph
-                    run = partial(runtime.run, build_plan(shown), timeout_s=5)
+                verify(graph)
+                again = parse_graph(print_graph(graph))
             except Exception as e:
-                yield Difference(f"{name}: {''.join(traceback.format_exception(e))}", call, None, None, shown)
+                yield Difference(f"verify or print: {e}", call, None, None, graph)
                 continue
-            if how != "reference" and shown is graph and how != "-O0":
+            if again != graph:
+                yield Difference("parse(print(graph)) != graph", call, graph, again, again)
+            try:
+                known[graph] = list(_compiled(graph, runtime, rng, ways))
+            except Exception as e:
+                yield Difference(f"compile: {''.join(traceback.format_exception(e))}", call, None, None, graph)
                 continue
+        for name, shown, run in known[graph]:
             found = loaded.outcome(call, run)
-            if how == "reference" and found.error is not None and expected.error is not None:
+            if name == "reference" and found.error is not None and expected.error is not None:
                 found = replace(
                     found, error=(*found.error[:2], expected.error[2], *found.error[3:])
                 )  # it shows no lines
