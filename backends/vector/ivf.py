@@ -434,23 +434,33 @@ class IVFRetriever:
         ready = [n for n, error in enumerate(out) if error is None]
         texts = list(dict.fromkeys(requests[n].query for n in ready))
         vectors = dict(zip(texts, self._embed(texts), strict=True))
+        good = []
         for n in ready:
             vector = vectors[requests[n].query]
+            if isinstance(vector, Exception):
+                out[n] = vector
+            else:
+                good.append((n, vector))
+        if good:
             try:
-                out[n] = vector if isinstance(vector, Exception) else self._begin(requests[n], vector)
-            except FlowcError as e:
-                out[n] = e
+                begun = self._begin([requests[n] for n, _ in good], np.stack([vector for _, vector in good]))
+            except FlowcError as e:  # it was closed
+                return [e if r is None else r for r in out]
+            for (n, _), search in zip(good, begun, strict=True):
+                out[n] = search
         return [r if r is not None else AssertionError("unreachable") for r in out]
 
-    def _begin(self, request: SearchRequest, vector: F32) -> ListSearch:
-        nprobe = min(request.nprobe or self.nprobe, self.manifest.nlist)
-        k, gap = request.k, None
-        if isinstance(request.stop, Bounded):
-            found = stopping_gap(self.manifest.calibration, request.k, nprobe, request.stop.eps)
-            if found is not None:
-                k, gap = found
-        budget = request.stop if isinstance(request.stop, Budget) else None
-        return self.lists.begin(np.ascontiguousarray(vector), k, nprobe, request=request, budget=budget, gap=gap)
+    def _begin(self, requests: Sequence[SearchRequest], vectors: F32) -> list[ListSearch]:
+        ks = [request.k for request in requests]
+        gaps: list[float | None] = [None] * len(requests)
+        nprobes = [min(request.nprobe or self.nprobe, self.manifest.nlist) for request in requests]
+        budgets = [request.stop if isinstance(request.stop, Budget) else None for request in requests]
+        for n, request in enumerate(requests):
+            if isinstance(request.stop, Bounded):
+                found = stopping_gap(self.manifest.calibration, request.k, nprobes[n], request.stop.eps)
+                if found is not None:
+                    ks[n], gaps[n] = found
+        return self.lists.begin_many(vectors, ks, nprobes, requests, budgets, gaps)
 
     def run(self, work: Sequence[tuple[ListSearch, Sequence[int] | I64]]) -> None:
         """Scans lists by their ranks in each search; see `ElasticRetriever`. Raises F060 if the index was closed."""
