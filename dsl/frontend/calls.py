@@ -11,8 +11,8 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from flowc.ir.core import Attr, Scope, Value
-from flowc.ir.ops import OPS, Effect, effect_of_region
+from flowc.ir.core import Attr, Op, Region, Scope, Value, free_values
+from flowc.ir.ops import OPS, Effect, effect_of, effect_of_region
 from flowc.ir.types import ANY, DOCS, TEXT, VECTOR, Type, accepts, is_immutable, item_type, sequence_of
 
 from .. import resources as resources_module
@@ -20,7 +20,7 @@ from ..resources import Resource, chat_prompt
 from ..tools import Tool
 from .expressions import Expressions
 from .names import MISSING
-from .purity import PURE, WRITES, Info, Site, may_hold_lists, result_type
+from .purity import PURE, READS, Info, Site, may_hold_lists, result_type
 from .source import synthetic
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class Calls(Expressions):
         if started is not None:
             value = self.lower_call(started, hint)
             assert value is not None
+            self.started.append(value)
             return self._as_task(value)
         if (
             isinstance(node.func, ast.Attribute)
@@ -151,12 +152,58 @@ class Calls(Expressions):
 
     groups: frozenset[str] = frozenset()  # names of open asyncio.TaskGroups
 
+    # -- what runs at once
+
+    def together(self, first: int, values: Sequence[Value]) -> None:
+        """Makes the operations that give these values a group, among those that the region has from `first` on.
+
+        As with asyncio, all Python that stands between their starts runs before the first of them; what uses their
+        results comes after them. Operations that write nothing need no group: nothing orders them.
+        """
+        ops = self.builder.block.ops
+        wanted = {v.name for v in values}
+        after = set(wanted)  # values that depend on them
+        head: list[Op] = []
+        members: list[Op] = []
+        tail: list[Op] = []
+        for op in ops[first:]:
+            names = {v.name for v in (*op.operands, *(v for r in op.regions for v in free_values(r)))}
+            is_member = any(v.name in wanted for v in op.results)
+            is_late = not names.isdisjoint(after)
+            if is_member and is_late:
+                return  # one needs another: they are a chain
+            if is_late:
+                after.update(v.name for v in op.results)
+            (members if is_member else tail if is_late else head).append(op)
+        if not any(effect_of(op).writes for op in members):
+            return
+        if len(members) > 1 or any(op.name == "foreach" for op in members):
+            group = self._next_group()
+            members = [self._all_at_once(op).with_attrs(group=group) for op in members]
+        ops[first:] = [*head, *members, *tail]
+
+    def _next_group(self) -> int:
+        self.group_count += 1
+        return self.group_count
+
+    def _all_at_once(self, op: Op) -> Op:
+        """The same with the items of the loops in it all at once, where each does nothing but start an operation."""
+        if op.name not in ("foreach", "if") or not all(map(_only_starts, op.regions)):
+            return op
+        regions = tuple(
+            replace(r, ops=tuple(self._all_at_once(o) if effect_of(o).writes else o for o in r.ops)) for r in op.regions
+        )
+        op = replace(op, regions=regions)
+        if op.name == "if" or len(op.operands) > 1 or op.attrs.get("breaks"):
+            return op
+        return op.with_attrs(parallel=True, group=self._next_group())
+
     # -- asyncio.gather
     def is_gather(self, node: ast.expr) -> bool:
         return isinstance(node, ast.Call) and self.resolver.resolve(node.func) is asyncio.gather
 
     def lower_gather(self, node: ast.Call, hint: str) -> Value:
-        """`await asyncio.gather(...)` over operations: they stand one after another and run as their data allows."""
+        """`await asyncio.gather(...)` over operations: they are a group, or run as their data allows."""
         if node.keywords:
             self.fail(
                 node,
@@ -174,14 +221,16 @@ class Calls(Expressions):
             )
         rest: dict[int, Value] = {}
         ready: dict[int, ast.expr] = {}
+        each: dict[int, Callable[[], Value]] = {}
         for a in node.args:  # Python computes every argument before the first of the operations starts
             if isinstance(a, ast.Starred):
-                ready[id(a)] = self._ready_for_each(a, hint)
+                each[id(a)] = self._ready_for_each(a, hint)
             elif isinstance(a, ast.Call) and a not in plain:
                 ready[id(a)] = self._ready(a)
+        first = len(self.builder.block.ops)
         for a in node.args:
             if isinstance(a, ast.Starred):
-                rest[id(a)] = self.lower(ready[id(a)], hint)
+                rest[id(a)] = each[id(a)]()
             elif a not in plain:
                 rest[id(a)] = (
                     self.awaited(self.env[a.id])
@@ -191,8 +240,11 @@ class Calls(Expressions):
         if plain:
             call = synthetic(ast.Await(ast.Call(node.func, list(plain), [])), node)
             both = self.py_expr(call, "gathered")
+            self.together(first, [*rest.values(), both])
             for i, a in enumerate(plain):
                 (rest[id(a)],) = self.py(f"gathered[{i}]", [("gathered", both)], Info(ANY, PURE, False), hint="v")
+        else:
+            self.together(first, list(rest.values()))
         if len(node.args) == 1 and isinstance(node.args[0], ast.Starred):
             return rest[id(node.args[0])]
         if not any(isinstance(a, ast.Starred) for a in node.args):
@@ -228,9 +280,9 @@ class Calls(Expressions):
         self.env[name] = value
         return ast.copy_location(ast.Name(name, ast.Load()), at)
 
-    def _ready_for_each(self, starred: ast.Starred, hint: str) -> ast.ListComp:
-        """`*[op(f(x)) for x in xs]` with every `f(x)` computed first where that can be told from computing it in
-        between.
+    def _ready_for_each(self, starred: ast.Starred, hint: str) -> Callable[[], Value]:
+        """What lowers `*[op(f(x)) for x in xs]`, every `f(x)` computed first where it matters that it is not computed
+        in between.
         """
         inner = starred.value
         if not isinstance(inner, (ast.ListComp, ast.GeneratorExp)):
@@ -245,16 +297,32 @@ class Calls(Expressions):
         if isinstance(call, ast.Call) and self.is_operation(call) and not self._can_interleave(inner, call):
             parts = [a for a in (*call.args, *(k.value for k in call.keywords)) if self._constant(a) is MISSING]
             every = synthetic(ast.ListComp(ast.Tuple(parts, ast.Load()), generators), inner)
-            item = ast.Name("argument", ast.Load())
-            slots = {id(a): ast.Subscript(item, ast.Constant(i), ast.Load()) for i, a in enumerate(parts)}
-            call = ast.Call(
+            listed = self.lower(every, "arguments")
+            return lambda: self._start_each(inner, call, parts, listed, hint)
+        listcomp = synthetic(ast.ListComp(_awaiting(synthetic(call, inner)), generators), inner)
+        return lambda: self.lower(listcomp, hint)
+
+    def _start_each(
+        self, node: ast.expr, call: ast.Call, parts: Sequence[ast.expr], listed: Value, hint: str
+    ) -> Value:
+        """The operation for each tuple of arguments in a list that nobody else holds."""
+
+        def per_item(params: tuple[Value, ...]) -> list[Value]:
+            types = params[0].type.args if len(params[0].type.args) == len(parts) else (ANY,) * len(parts)
+            names: dict[int, ast.expr] = {}
+            for i, (part, t) in enumerate(zip(parts, types, strict=True)):
+                (value,) = self.py(f"argument[{i}]", [("argument", params[0])], Info(t, PURE, False), hint="argument")
+                names[id(part)] = self.named(value, part)
+            each = ast.Call(
                 call.func,
-                [slots.get(id(a), a) for a in call.args],
-                [ast.keyword(k.arg, slots.get(id(k.value), k.value)) for k in call.keywords],
+                [names.get(id(a), a) for a in call.args],
+                [ast.keyword(k.arg, names.get(id(k.value), k.value)) for k in call.keywords],
             )
-            listed = self.named(self.lower(every, "arguments"), inner)
-            generators = [ast.comprehension(ast.Name("argument", ast.Store()), listed, [], 0)]
-        return synthetic(ast.ListComp(_awaiting(synthetic(call, inner)), generators), inner)
+            item = self.lower(_awaiting(synthetic(each, node)), "item")
+            return [self.list_value([item], call, "chunk")]
+
+        body, _ = self.region(per_item, [("argument", item_type(listed.type))])
+        return self.collected(node, listed, body, hint, {})
 
     def _can_interleave(self, node: ast.ListComp | ast.GeneratorExp, call: ast.Call) -> bool:
         """Does computing the arguments of one item after the operation of another make no difference?"""
@@ -270,7 +338,15 @@ class Calls(Expressions):
                 a.bind(g.target, Info(item_type(source.type)), names)
                 infos += [a.expr(t) for t in g.ifs]
             infos += [a.expr(e) for e in (*call.args, *(k.value for k in call.keywords))]
-        return all(i.level < WRITES and not i.raises for i in infos)
+        most = PURE if self._may_write(call) else READS
+        return all(i.level <= most and not i.raises for i in infos)
+
+    def _may_write(self, call: ast.Call) -> bool:
+        """May the operation change what Python reads?"""
+        found = self.target(call)
+        assert found is not None
+        kind, callee = found
+        return kind != "resource" and (kind != "tool" or bool(callee.writes))
 
     # -- resources
     def _resource(self, node: ast.Call, method: Any, hint: str) -> Value:
@@ -496,6 +572,18 @@ def _ref(tool: Tool[..., Any]) -> str | None:
 
 def _is_aio(found: Any) -> bool:
     return getattr(found, "__name__", "") == "aio"
+
+
+def _only_starts(region: Region) -> bool:
+    """Does it do nothing that anybody can see but one operation, or one branch or loop that does so?"""
+    seen = [op for op in region.ops if effect_of(op).reads or effect_of(op).writes]
+    if not seen:
+        return True
+    (op, *others) = seen
+    if op.name in ("if", "foreach"):
+        own = effect_of(replace(op, regions=()))
+        return not others and not own.reads and not own.writes and all(map(_only_starts, op.regions))
+    return not others and (OPS[op.name].lane != "python" or op.name == "call")
 
 
 def _awaiting(node: ast.expr) -> ast.expr:

@@ -76,6 +76,8 @@ class State:
     cell_facts: dict[str, Fact] = field(default_factory=dict)
     handled: list[Value] = field(default_factory=list)  # errors being handled, innermost last
     escaped: set[Site] = field(default_factory=set)
+    started: list[Value] = field(default_factory=list)  # by the tasks that were made since the last `await`
+    group_count: int = 0  # of operations that run at once
     loop_types: dict[int, tuple[tuple[Type, ...], tuple[Fact, ...]]] = field(default_factory=dict)
     has_op_memo: dict[int, tuple[ast.AST, bool]] = field(
         default_factory=dict

@@ -36,7 +36,23 @@ class Statements(Calls):
 
         `tail`: the function ends with it. `want_exit`: the variable EXIT must say how it was left.
         """
+        outer, self.started = self.started, []
+        try:
+            self._block(stmts, live_out, tail, want_exit)
+        finally:
+            self.started = outer
+
+    def _block(self, stmts: Sequence[ast.stmt], live_out: frozenset[str], tail: bool, want_exit: bool) -> None:
+        first = 0  # of the operations since the first of the tasks that have not started was made
+        is_straight = False
         for i, s in enumerate(stmts):
+            if not is_straight:
+                self.started = []
+            is_straight = _runs_through(s)
+            if not is_straight:  # here tasks start
+                self.together(first, self.started)
+            elif not self.started:
+                first = len(self.builder.block.ops)
             rest = stmts[i + 1 :]
             leaves = exits(s)
             if isinstance(s, ast.Return):
@@ -65,6 +81,8 @@ class Statements(Calls):
                 return
             if not falls_through([s]):
                 return
+        if is_straight:
+            self.together(first, self.started)
         if tail:
             self.assign(RETURN_VALUE, self.builder.const(None, "result"))
         if want_exit:
@@ -200,8 +218,7 @@ class Statements(Calls):
 
     def _writes_outer(self, s: ast.stmt) -> bool:
         """Does it assign a variable declared global or nonlocal?"""
-        names = {n.id for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-        return bool(names & self.outer_names)
+        return bool(self.outer_names) and bool(binds(s, appends=False) & self.outer_names)
 
     outer_names: frozenset[str] = frozenset()  # declared `global` or `nonlocal`
 
@@ -825,8 +842,13 @@ class Statements(Calls):
         outs = self._outs(s.body, live, returns=False, want_exit=False)
 
         def body() -> None:
+            first = len(self.builder.block.ops)
+            self.started = []
             for inner in s.body:
                 self.statement(inner)
+            if all(map(_runs_through, s.body)):
+                self.together(first, self.started)
+            self.started = []
             for n in outs:
                 if n in self.env:
                     self.awaited(self.env[n])
@@ -856,6 +878,16 @@ class Statements(Calls):
         return (
             is_start and len(call.args) == 1 and isinstance(call.args[0], ast.Call) and self.is_operation(call.args[0])
         )
+
+
+def _runs_through(s: ast.stmt) -> bool:
+    """Does it run to its end before any other task runs?"""
+    is_simple = isinstance(s, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Pass))
+    return is_simple and not any(isinstance(n, (ast.Await, ast.comprehension)) and _suspends(n) for n in ast.walk(s))
+
+
+def _suspends(node: ast.Await | ast.comprehension) -> bool:
+    return isinstance(node, ast.Await) or bool(node.is_async)
 
 
 def _reraises(s: ast.stmt) -> bool:
