@@ -33,8 +33,9 @@ from flowc.ir.parser import parse_graph
 from flowc.ir.printer import print_graph
 from flowc.ir.verifier import verify
 from flowc.passes.manager import PASSES, PIPELINES, PassManager, parse_pipeline, pipeline
+from flowc.runtime.clock import VirtualLoop
 from flowc.runtime.engine import Runtime
-from flowc.runtime.plan import build_plan
+from flowc.runtime.plan import Plan, build_plan
 
 from . import program_world as world
 from .programs import Program, generate, reduce
@@ -173,7 +174,7 @@ class Difference:
         return f"{self.how}, called with {self.call}\n  eager: {self.expected}\n  found: {self.found}\n{text}"
 
 
-WAYS = ("reference", "-O0", "-O1", "-O2", "-O3", "random passes")
+WAYS = ("reference", "-O0", "-O1", "-O2", "-O2 late", "-O3", "random passes")
 
 
 def random_pipeline(rng: random.Random) -> str:
@@ -208,12 +209,25 @@ def _compiled(
     for how in ways:
         if how == "reference":
             yield how, graph, partial(_interpret, graph)
+        elif how == "-O2 late":
+            rewritten = PassManager(pipeline(2), verify_each=True).run(graph).graph
+            yield how, rewritten, partial(_late, build_plan(rewritten), rng.randrange(1000))
         elif how != "-O3" or PIPELINES[3] != PIPELINES[2]:
             text = random_pipeline(rng) if how == "random passes" else ""
             steps = parse_pipeline(text) if text else pipeline(int(how[2:]))
             rewritten = PassManager(steps, verify_each=True).run(graph).graph
             if rewritten is not graph or how == "-O0":
                 yield f"{how} {text}".strip(), rewritten, partial(runtime.run, build_plan(rewritten), timeout_s=5)
+
+
+def _late(plan: Plan, seed: int, args: tuple[Any, ...]) -> Any:
+    """Runs a plan over services that answer after random times, in virtual time."""
+
+    async def run() -> Any:
+        with Runtime(world.Backends(world.LateLLM(), world.LateIndex())) as runtime:
+            return await runtime.run_async(plan, args)
+
+    return VirtualLoop(seed).run(run())
 
 
 def _interpret(graph: Graph, args: tuple[Any, ...]) -> Any:

@@ -14,6 +14,7 @@ from zlib import crc32
 from flowc import LLM, Index, pure, tool, workflow
 from flowc.ir.core import Graph
 from flowc.ir.values import Doc, Docs
+from flowc.runtime.clock import VirtualLoop
 from flowc.runtime.protocols import ChooseRequest, GenerateRequest, Generation, SearchRequest
 from flowc.runtime.reference import interpret
 from flowc.runtime.requests import make_request, read_answer
@@ -202,10 +203,16 @@ def parse_int(s: Any) -> int:
     return int(s)
 
 
+async def pause() -> None:
+    """Lets others run; in virtual time for a while that is drawn anew each time."""
+    loop = asyncio.get_running_loop()
+    await asyncio.sleep(loop.random.random() if isinstance(loop, VirtualLoop) else 0)
+
+
 @tool
 async def alookup(q: Any, k: int = 2) -> str:
     log("py", "alookup", q, k)
-    await asyncio.sleep(0)
+    await pause()
     if crc32(shown(q).encode()) % 7 == 0:
         raise LookupError(f"nothing for {shown(q)}")
     return f"{str(q)[:12]}/{k}"
@@ -213,7 +220,7 @@ async def alookup(q: Any, k: int = 2) -> str:
 
 @tool(reads="db")
 async def aget(x: Any) -> str:
-    await asyncio.sleep(0)
+    await pause()
     return f"{str(x)[:12]}@{STATE.get('db', 0)}"
 
 
@@ -221,7 +228,7 @@ async def aget(x: Any) -> str:
 async def aput(x: Any) -> int:
     log("db", "aput", x)
     STATE["db"] = STATE.get("db", 0) + 1
-    await asyncio.sleep(0)
+    await pause()
     return STATE["db"]
 
 
@@ -291,11 +298,31 @@ class FakeIndex:
         pass
 
 
+class LateLLM(FakeLLM):
+    """The same model, as a service that answers after a while."""
+
+    async def generate(self, requests: Sequence[GenerateRequest], *_: Any) -> list[Generation | Exception]:  # type: ignore[override]
+        await pause()
+        return super().generate(requests)
+
+    async def choose(self, requests: Sequence[ChooseRequest]) -> list[int | Exception]:  # type: ignore[override]
+        await pause()
+        return super().choose(requests)
+
+
+class LateIndex(FakeIndex):
+    """The same index, as a service that answers after a while."""
+
+    async def search(self, requests: Sequence[SearchRequest]) -> list[Docs | Exception]:  # type: ignore[override]
+        await pause()
+        return super().search(requests)
+
+
 class Backends:
     """The resources of every program."""
 
-    def __init__(self) -> None:
-        self._llm, self._index = FakeLLM(), FakeIndex()
+    def __init__(self, llm: FakeLLM | None = None, index: FakeIndex | None = None) -> None:
+        self._llm, self._index = llm or FakeLLM(), index or FakeIndex()
 
     def llm(self, name: str) -> FakeLLM:
         return self._llm
