@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ..rows import Row
 from ..sampling import pick
 from .engine import Engine
 from .model import NotPagedError, PagedModel
+from .policies import POLICIES
 from .sequence import Sequence as TokenSequence
 
 __all__ = ["PagedBackend", "open_engine"]
@@ -101,7 +102,8 @@ class PagedBackend(LocalBackend):
     `device`, `threads`, `revision` and `name` are its own). `kv_blocks` blocks of `block_size` tokens hold the cache;
     by default as many as `max_sequences` sequences of 1,024 tokens need. `max_step_tokens` bounds a step: smaller
     keeps tokens flowing while long prompts come in, larger gets prompts done sooner. `max_batch` bounds the requests of
-    one call, `max_calls` the calls that may be in flight at once; their requests join the running batch.
+    one call, `max_calls` the calls that may be in flight at once; their requests join the running batch. What must
+    leave the cache goes in the order of `policy` (see `policies.POLICIES`), to `host_blocks` blocks of host memory.
 
     Greedy decoding in float32 gives the tokens of `model.generate(do_sample=False)` but for exact ties. Raises
     `NotPagedError`, a `ResourceError` F067, for an architecture that the engine would run wrongly. A single request
@@ -122,9 +124,13 @@ class PagedBackend(LocalBackend):
         block_size: int = 16,
         max_step_tokens: int = 256,
         max_sequences: int = 32,
+        host_blocks: int = 0,
+        policy: str = "workflow",
         revision: str | None = None,
         name: str | None = None,
     ) -> None:
+        if policy not in POLICIES:
+            raise ResourceError(f"unknown policy {policy!r}", hint=f"use one of {', '.join(POLICIES)}")
         local = model if isinstance(model, LocalModel) else LocalModel(model, dtype, device, threads, revision, name)
         super().__init__(local)
         self.max_batch = max_batch
@@ -136,6 +142,8 @@ class PagedBackend(LocalBackend):
             block_size=block_size,
             max_step_tokens=max_step_tokens,
             max_sequences=max_sequences,
+            host_blocks=host_blocks,
+            policy=policy,
             pick=_pick,
         )
 
@@ -212,6 +220,25 @@ class PagedBackend(LocalBackend):
             results[item] = failed or max(range(len(pairs)), key=lambda i: pairs[i][1].log_probability)
         return [results[item] for item in range(len(requests))]
 
+    def hint(self, key: Hashable, prefix: str | Sequence[int], steps: float) -> None:
+        """Announces that `key` (say, a program and its agent) sends a prompt with this prefix in `steps` steps.
+
+        It takes the place of what `key` announced before. Announced prefixes stay cached longer than others, near ones
+        longest, and come back from the host when they are near.
+        """
+        self.engine.hint(key, self._tokens(prefix), steps)
+
+    def release(self, key: Hashable) -> None:
+        """Takes an announcement back: the branch is not taken, or the program has ended."""
+        self.engine.release(key)
+
+    def pin(self, prefix: str | Sequence[int], ttl_s: float) -> None:
+        """Keeps what is cached of a prefix before all others for `ttl_s` seconds, as over a call of a tool."""
+        self.engine.pin(self._tokens(prefix), ttl_s)
+
+    def _tokens(self, prefix: str | Sequence[int]) -> list[int]:
+        return self.local.encode(prefix) if isinstance(prefix, str) else list(prefix)
+
     def close(self) -> None:
         """Ends the engine's thread and frees the model and the cache. Calls in flight end with a `ResourceError`."""
         with self._lock:
@@ -243,6 +270,8 @@ def open_engine(
     block_size: int = 16,
     max_step_tokens: int = 256,
     max_sequences: int = 32,
+    host_blocks: int = 0,
+    policy: str = "workflow",
     revision: str | None = None,
     name: str | None = None,
 ) -> PagedBackend | HFBackend:
@@ -256,6 +285,8 @@ def open_engine(
             block_size=block_size,
             max_step_tokens=max_step_tokens,
             max_sequences=max_sequences,
+            host_blocks=host_blocks,
+            policy=policy,
         )
     except NotPagedError as refusal:
         warnings.warn(f"{refusal.message}; it runs through plain generation instead", stacklevel=2)

@@ -59,8 +59,9 @@ class PagedModel:
             model.set_attn_implementation(before)  # whoever runs it instead finds it as it was
             raise
 
-    def new_pool(self, blocks: int, block_size: int) -> KVPool:
-        """A pool of this model's shape."""
+    def new_pool(self, blocks: int, block_size: int, *, on_host: bool = False, poison: bool = False) -> KVPool:
+        """A pool of this model's shape, next to the model or on the host."""
+        device = torch.device("cpu") if on_host else self.device
         return KVPool(
             blocks,
             layers=self.shape.layers,
@@ -68,7 +69,9 @@ class PagedModel:
             kv_heads=self.shape.kv_heads,
             head_dim=self.shape.head_dim,
             dtype=self.dtype,
-            device=self.device,
+            device=device,
+            pin=on_host and self.device.type == "cuda",
+            poison=poison,
         )
 
     def forward(

@@ -15,9 +15,13 @@ import torch
 
 
 class KVPool:
-    """Blocks of keys and values for `layers` layers. `free` blocks can be allocated, the others have `references`."""
+    """Blocks of keys and values for `layers` layers. `free` blocks can be allocated, the others have `references`.
 
-    __slots__ = ("_free", "block_size", "data", "references")
+    `pin` makes host memory that a GPU copies from and to without a detour. `poison` fills free blocks with NaN, so that
+    a read of one shows: for tests.
+    """
+
+    __slots__ = ("_free", "block_size", "data", "poison", "references")
 
     def __init__(
         self,
@@ -29,10 +33,16 @@ class KVPool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        pin: bool = False,
+        poison: bool = False,
     ) -> None:
         assert blocks >= 2, "a pool needs its trash block and one more"
         self.block_size = block_size
-        self.data = torch.zeros(blocks, layers, 2, block_size, kv_heads, head_dim, dtype=dtype, device=device)
+        self.poison = poison
+        shape = (blocks, layers, 2, block_size, kv_heads, head_dim)
+        self.data = torch.zeros(shape, dtype=dtype, device=device, pin_memory=pin)
+        if poison:
+            self.data[1:] = torch.nan
         self.references = [0] * blocks
         self._free = list(range(blocks - 1, 0, -1))
 
@@ -65,6 +75,8 @@ class KVPool:
             assert self.references[block] >= 0, f"block {block} was released once too often"
             if self.references[block] == 0:
                 self._free.append(block)
+                if self.poison:
+                    self.data[block] = torch.nan
 
     def check(self) -> None:
         """Every block is either free or owned, never both. For tests, after each step."""

@@ -43,6 +43,7 @@ class Sequence:
     limit: int = 0  # most tokens to decode
     scored: int | None = None
     computed: int = 0
+    reached: int = 0  # the most that were ever computed: less than it again is work done twice
     blocks: list[int] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     log_probability: float = 0.0

@@ -195,6 +195,23 @@ def test_a_model_that_fails_the_probe_is_left_as_it_was(folder: Path) -> None:
     assert local.model.config._attn_implementation == before
 
 
+def test_announced_prompts_stay_and_come_back_from_the_host(folder: Path, plain: HFBackend) -> None:
+    backend = PagedBackend(folder, device="cpu", kv_blocks=26, block_size=4, max_sequences=2, host_blocks=200)
+    system = "You are a careful reviewer of Python code. Answer in one word. "
+    asked = [GenerateRequest(f"{system}{p}"[:150], max_tokens=6) for p in PROMPTS]
+    expected = list(plain.generate(asked))
+    backend.hint(("program", "agent"), system, 0)
+    backend.pin(system, 5.0)
+    for _ in range(3):
+        assert [backend.generate([a])[0] for a in asked] == expected
+    backend.release(("program", "agent"))
+    detail = backend.info().detail
+    assert detail["reused_tokens"] > detail["prefill_tokens"]
+    backend.close()
+    with pytest.raises(ResourceError, match="unknown policy"):
+        PagedBackend(folder, policy="fifo")
+
+
 def test_the_engine_is_what_the_factory_opens(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +104,7 @@ class Greedy:
         self.error: Exception | None = None
         self.is_cancelled = False
         self.has_ended = False
+        self.done = threading.Event()
 
     def accept(self, sequence: Sequence, token: int) -> bool:
         self.tokens.append(token)
@@ -117,6 +119,7 @@ class Greedy:
     def ended(self, sequence: Sequence, error: Exception | None) -> None:
         assert not self.has_ended, "told twice"
         self.has_ended, self.error = True, error
+        self.done.set()
 
 
 def owner(sequence: Sequence) -> Greedy:
