@@ -316,7 +316,9 @@ class Facts:
         return found
 
     def region_seconds(self, region: Region, *, ordered: bool | None = None) -> float:
-        """The predicted makespan of a region: the sum if ordered without groups, else a list schedule, one processor for Python."""
+        """The predicted makespan of a region: the sum if one op waits for the other, else a list schedule, with one
+        processor for Python.
+        """
         if ordered is None:
             ordered = region.ordered
         if ordered and not has_groups(region):

@@ -211,6 +211,8 @@ class Calls(Expressions):
                 "asyncio.gather with options over operations cannot be captured",
                 "use try/except around the operations",
             )
+        args = [(self._started(a) if isinstance(a, ast.Call) else None) or a for a in node.args]
+        node = ast.copy_location(ast.Call(node.func, args, []), node)
         plain = [a for a in node.args if not self.has_op(a) and not self._is_task(a)]
         if any(isinstance(a, ast.Starred) for a in plain):
             self.fail(
