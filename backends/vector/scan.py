@@ -41,6 +41,7 @@ __all__ = ["SHARED_ENOUGH", "ListSearch", "Lists", "load_faiss"]
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
+Ranks = range | I64  # rising, each once; a range has no steps
 
 # Visits to lists per distinct list, from which on a wave may be scanned list by list. Below, the lists are read from
 # memory once in either form and the rows only cost. Above, both forms are tried and the cheaper one kept: an index
@@ -58,6 +59,7 @@ _BLOCK = 32  # queries of one such product
 # cores, and 0.3 ms in tiles.
 _TILE_PRODUCTS = 1 << 18
 _LEARN_CODES = 20_000  # a wave of fewer takes too short a time to learn from
+_NONE, _NO_SCORES = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
 _NO_HEAP_INIT = 1024  # IndexIVF::PARALLEL_MODE_NO_HEAP_INIT: scan on from the heaps given, and leave them heaps
 
 
@@ -73,6 +75,15 @@ def load_faiss() -> Any:
 
 
 # ------------------------------------------------------------------------------------------------ the state of a search
+@dataclass(frozen=True, slots=True, eq=False)
+class _Block:
+    """Searches that began together lie together: row n of each array is the n-th search's."""
+
+    queries: F32
+    scores: F32
+    ids: I64
+
+
 @dataclass(slots=True, eq=False)
 class ListSearch:
     """One search under way. Belongs to one thread at a time, but for `cancel`, which any may call.
@@ -94,6 +105,8 @@ class ListSearch:
     ids: I64
     request: SearchRequest | None = None
     budget: Budget | None = None
+    block: _Block | None = None
+    row: int = 0
     gap: float | None = None  # stop where the next list's centroid lies this far below the k-th best
     scanned: npt.NDArray[np.bool_] = field(init=False)
     rank: int = field(default=0, init=False)  # the nearest list that was not scanned
@@ -122,27 +135,30 @@ class ListSearch:
         """Whether nothing is left to scan: all was, or a stopping rule holds, or it was cancelled."""
         return self._taken == len(self.lists) or self.cancelled or bool(self.stopped)
 
-    def remaining(self) -> I64:
+    def remaining(self) -> Ranks:
         """Ranks of the lists that were not scanned, nearest first; none once `done`."""
         if self.done:
-            return np.empty(0, dtype=np.int64)
+            return range(0)
         if self._taken == self.rank:
-            return np.arange(self.rank, len(self.lists))
+            return range(self.rank, len(self.lists))
         return np.flatnonzero(~self.scanned)
 
     def cancel(self) -> None:
         """Ends the search at the next step between two scans; `finish` refuses it then."""
         self.cancelled = True
 
-    def _took(self, ranks: I64) -> None:
+    def _took(self, ranks: Ranks) -> None:
         """Notes what was scanned, and whether that is enough."""
         self._taken += len(ranks)
         if self._taken == len(self.lists):
             self.scanned[:] = True
             self.rank = self._taken
             return
-        self.scanned[ranks] = True
-        self.rank += int(np.argmin(self.scanned[self.rank :]))
+        if isinstance(ranks, range):
+            self.scanned[ranks.start : ranks.stop] = True
+        else:
+            self.scanned[ranks] = True
+        self.rank += int(self.scanned[self.rank :].argmin())
         if self.budget is not None:
             if self.budget.lists is not None and self._taken >= self.budget.lists:
                 self.stopped = "lists"
@@ -158,15 +174,17 @@ class ListSearch:
         return float(np.partition(self.scores, len(self.scores) - self.k)[len(self.scores) - self.k])
 
 
-Work = Sequence[tuple[ListSearch, "I64 | Sequence[int]"]]
+def _of(values: I64, ranks: Ranks) -> I64:
+    return values[ranks.start : ranks.stop] if isinstance(ranks, range) else values[ranks]
 
 
 # ------------------------------------------------------------------------------------------------ which form is cheaper
 class _Forms:
     """Chooses between the two forms by what they cost before, for waves alike in sharing and in heap size.
 
-    Costs are this thread's processor time per vector, so a busy machine does not mislead; one wave in 32 goes to the
-    form that lost, so that the choice follows the machine. The choice moves time only, never a result.
+    Costs are this thread's processor time per vector. Other work on the machine only ever adds to it, so the least that
+    was seen counts, and fades by a hundredth a wave. One wave in 32 goes to the form that lost, so that the choice
+    follows the machine. The choice moves time only, never a result.
     """
 
     def __init__(self, now: Callable[[], float] = time.thread_time) -> None:
@@ -183,19 +201,21 @@ class _Forms:
             return False
         key = self._key(share, keep)
         rows, each = self._cost.get((*key, True)), self._cost.get((*key, False))
-        if rows is None or codes < _LEARN_CODES:
-            return rows is None or each is None or rows < each
-        if each is None:
-            return False
+        cheaper = rows is None or each is None or rows < each
+        if codes < _LEARN_CODES:
+            return cheaper
+        wave = self._waves[key]
         self._waves[key] += 1
-        return (rows < each) != (self._waves[key] % 32 == 0)
+        if wave < 6:  # three of each
+            return wave % 2 == 0
+        return cheaper != (wave % 32 == 0)
 
     def learn(self, share: float, keep: int, codes: int, by_list: bool, seconds: float) -> None:
         if share < SHARED_ENOUGH or codes < _LEARN_CODES:
             return
         key = (*self._key(share, keep), by_list)
         old, new = self._cost.get(key), seconds / codes
-        self._cost[key] = new if old is None else min(2 * old, 0.75 * old + 0.25 * new)
+        self._cost[key] = new if old is None else min(1.01 * old, new)
 
 
 # ------------------------------------------------------------------------------------------------ the lists
@@ -301,6 +321,8 @@ class Lists:
     ) -> list[ListSearch]:
         """`begin` for each row of `queries` (shape (n, dim), contiguous), in a fraction of the time."""
         out: list[ListSearch] = []
+        keep = min(k[0], self.count) + _SPARE if len(set(k)) == 1 else 0
+        home = _Block(queries, *_empty(len(queries), min(keep, self.count))) if keep and len(queries) > 1 else None
         for start in range(0, len(queries), _BLOCK):
             block = queries[start : start + _BLOCK]
             most = max(nprobe[start : start + _BLOCK])
@@ -309,14 +331,16 @@ class Lists:
                 ranked = self._nearest_of_many(block, most)
             for at, query in enumerate(block, start=start):
                 want, probes = min(k[at], self.count), nprobe[at]
-                if ranked is not None:
-                    lists, near = (row[:probes] for row in ranked[at - start])
-                if ranked is None or len(lists) < probes or lists[-1] < 0 or int(self.sizes[lists].sum()) < want:
+                lists, near = (_NONE, _NO_SCORES) if ranked is None else ranked[at - start]
+                lists, near = lists[:probes], near[:probes]
+                if len(lists) < probes or lists[-1] < 0 or int(self.sizes[lists].sum()) < want:
                     lists, near = self._nearest(query, probes, want)
                 request = None if requests is None else requests[at]
                 budget = None if budgets is None else budgets[at]
                 gap = None if gaps is None else gaps[at]
-                out.append(self._begun(query, want, lists, near, request, budget, gap))
+                out.append(
+                    self._begun(query, want, lists, near, request, budget, gap, home, at if home is not None else 0)
+                )
         return out
 
     def _begun(
@@ -328,11 +352,28 @@ class Lists:
         request: SearchRequest | None,
         budget: Budget | None,
         gap: float | None,
+        block: _Block | None = None,
+        row: int = 0,
     ) -> ListSearch:
-        keep = min(k + _SPARE, self.count)
         codes = self.sizes[lists]
-        scores, ids = np.full(keep, -np.inf, dtype=np.float32), np.full(keep, -1, dtype=np.int64)
-        return ListSearch(self, query, k, lists, near, codes, int(codes.sum()), scores, ids, request, budget, gap)
+        if block is None:
+            block = _Block(query[None], *_empty(1, min(k + _SPARE, self.count)))
+        return ListSearch(
+            self,
+            query,
+            k,
+            lists,
+            near,
+            codes,
+            int(codes.sum()),
+            block.scores[row],
+            block.ids[row],
+            request,
+            budget,
+            block,
+            row,
+            gap,
+        )
 
     # -------------------------------------------------------------------------------------------- run
     def search(self, queries: F32, k: Sequence[int], nprobe: Sequence[int]) -> list[tuple[F32, I64]]:
@@ -363,7 +404,7 @@ class Lists:
             if until is not None and time.perf_counter() >= until:
                 return
 
-    def _group(self, search: ListSearch, timed: bool) -> I64:
+    def _group(self, search: ListSearch, timed: bool) -> Ranks:
         """The next lists of one search: as many as are scanned before anyone looks up."""
         left = search.remaining()
         rule = search.budget
@@ -372,21 +413,26 @@ class Lists:
         size = _STEP_CODES if timed or search.gap is not None or (rule and rule.seconds is not None) else _GROUP_CODES
         if rule is not None and rule.lists is not None:
             left = left[: max(1, rule.lists - search._taken)]
-        held = np.cumsum(search.codes[left])
+        held = np.cumsum(_of(search.codes, left))
         return left if held[-1] <= size else left[: int(np.searchsorted(held, size)) + 1]
 
-    def run(self, work: Work) -> None:
+    def run(self, work: Sequence[tuple[ListSearch, Sequence[int] | I64]]) -> None:
         """Scans the given ranks of each search. Those that were scanned before, and cancelled searches, are left out.
 
         Raises `ValueError` for a search that stands there twice (one step at a time) or is one of another index.
         """
         if len({id(search) for search, _ in work}) < len(work):
             raise ValueError("a search stands twice in one step")
-        steps: list[tuple[ListSearch, I64]] = []
+        steps: list[tuple[ListSearch, Ranks]] = []
         for search, wanted in work:
             if search.of is not self:
                 raise ValueError("a search of another index")
             if search.cancelled:
+                continue
+            if isinstance(wanted, range) and wanted.step == 1 and wanted.start == search.rank == search._taken:
+                wanted = wanted[: len(search.lists) - search.rank]
+                if len(wanted):
+                    steps.append((search, wanted))
                 continue
             ranks = np.asarray(wanted, dtype=np.int64)
             if (ranks < 0).any():
@@ -398,11 +444,11 @@ class Lists:
                 steps.append((search, fresh))
         self._step(steps)
 
-    def _step(self, work: list[tuple[ListSearch, I64]]) -> None:
-        """Scans these ranks, which are rising and were not scanned before."""
+    def _step(self, work: list[tuple[ListSearch, Ranks]]) -> None:
+        """Scans these ranks, which were not scanned before."""
         self._faiss.omp_set_num_threads(1)  # counted per calling thread, and this may be any worker
         # Heaps of one call have one size; up to twice their own is padding, beyond is another call.
-        sizes: defaultdict[int, list[tuple[ListSearch, I64]]] = defaultdict(list)
+        sizes: defaultdict[int, list[tuple[ListSearch, Ranks]]] = defaultdict(list)
         for item in work:
             sizes[len(item[0].scores).bit_length()].append(item)
         for alike in sizes.values():
@@ -410,18 +456,24 @@ class Lists:
             for search, ranks in alike:
                 search._took(ranks)
 
-    def _run(self, work: list[tuple[ListSearch, I64]]) -> None:
+    def _run(self, work: list[tuple[ListSearch, Ranks]]) -> None:
         if len(work) == 1:
             search, ranks = work[0]
-            lists = search.lists if len(ranks) == len(search.lists) else search.lists[ranks]
-            self._call(search.query, lists[None, :], search.scores, search.ids)
+            self._call(search.query, _of(search.lists, ranks)[None, :], search.scores, search.ids)
             return
-        wanted = np.concatenate([search.lists[ranks] for search, ranks in work])
+        rows = [_of(search.lists, ranks) for search, ranks in work]
+        wanted = np.concatenate(rows)
         codes = int(self.sizes[wanted].sum())
         share = len(wanted) / np.count_nonzero(np.bincount(wanted, minlength=self.nlist))
+        block = work[0][0].block
+        if (
+            block is not None
+            and len(block.queries) == len(work)
+            and all(search.block is block and search.row == row for row, (search, _) in enumerate(work))
+        ):
+            self._wave(rows, block.queries, block.scores, block.ids, share, codes)  # these are the searches' own heaps
+            return
         keep = max(len(search.scores) for search, _ in work)
-        by_list = self._forms.by_list(share, keep, codes)
-        began = self._forms.now()
         # One heap a row. Places beyond a search's own heap hold +inf: they are never the worst, so nothing goes there.
         scores = np.full((len(work), keep), np.inf, dtype=np.float32)
         ids = np.full((len(work), keep), -1, dtype=np.int64)
@@ -429,15 +481,21 @@ class Lists:
             size = len(search.scores)
             scores[row, :size] = search.scores
             ids[row, :size] = search.ids
-        queries = np.stack([search.query for search, _ in work])
-        if by_list:
-            self._by_list(work, queries, scores, ids)
-        else:
-            self._by_query([search.lists[ranks] for search, ranks in work], queries, scores, ids)
+        self._wave(rows, np.stack([search.query for search, _ in work]), scores, ids, share, codes)
         for row, (search, _) in enumerate(work):
             size = len(search.scores)
             search.scores[:] = scores[row, :size]
             search.ids[:] = ids[row, :size]
+
+    def _wave(self, rows: list[I64], queries: F32, scores: F32, ids: I64, share: float, codes: int) -> None:
+        """Scans the lists in `rows` for the queries, in the form that is cheaper, into their heaps."""
+        keep = scores.shape[1]
+        by_list = self._forms.by_list(share, keep, codes)
+        began = self._forms.now()
+        if by_list:
+            self._by_list(rows, queries, scores, ids)
+        else:
+            self._by_query(rows, queries, scores, ids)
         self._forms.learn(share, keep, codes, by_list, self._forms.now() - began)
 
     def _by_query(self, rows: Sequence[I64], queries: F32, scores: F32, ids: I64) -> None:
@@ -448,11 +506,10 @@ class Lists:
             lists[at, : len(row)] = row
         self._call(queries, lists, scores, ids)
 
-    def _by_list(self, work: list[tuple[ListSearch, I64]], queries: F32, scores: F32, ids: I64) -> None:
+    def _by_list(self, rows: list[I64], queries: F32, scores: F32, ids: I64) -> None:
         """Every list through the queries that want it, in calls of bounded size whose rows are (query, list)."""
-        rows = [search.lists[ranks] for search, ranks in work]
         # Everyone's nearest list first, on its own: it sets the bar that keeps the other rows short.
-        if any(search.scores[0] == -np.inf for search, _ in work):
+        if (scores[:, 0] == -np.inf).any():
             self._by_query([row[:1] for row in rows], queries, scores, ids)
             rows = [row[1:] for row in rows]
         lists = np.concatenate(rows)
@@ -578,6 +635,10 @@ class Lists:
         return out
 
 
+def _empty(count: int, keep: int) -> tuple[F32, I64]:
+    return np.full((count, keep), -np.inf, dtype=np.float32), np.full((count, keep), -1, dtype=np.int64)
+
+
 def _bars(scores: F32, nprobe: int) -> F32:
     """For each row a number that at least `nprobe` (fewer than there are) of its scores reach, and few more do.
 
@@ -592,12 +653,12 @@ def _bars(scores: F32, nprobe: int) -> F32:
 
 
 def _cut(
-    work: list[tuple[ListSearch, I64]], units: int | None, codes: int | None
-) -> tuple[list[tuple[ListSearch, I64]], int | None, int | None]:
+    work: list[tuple[ListSearch, Ranks]], units: int | None, codes: int | None
+) -> tuple[list[tuple[ListSearch, Ranks]], int | None, int | None]:
     """The part of the work that a budget allows, by nearness and then by search; and what the budget has left."""
     owner = np.repeat(np.arange(len(work)), [len(ranks) for _, ranks in work])
     place = np.concatenate([np.arange(len(ranks)) for _, ranks in work])
-    held = np.concatenate([search.codes[ranks] for search, ranks in work])
+    held = np.concatenate([_of(search.codes, ranks) for search, ranks in work])
     order = np.argsort(place, kind="stable")
     spent = np.cumsum(held[order])
     count = len(order)
