@@ -51,20 +51,22 @@ class Outcome:
     arguments: Any
 
 
-def described(value: Any, seen: dict[int, int] | None = None) -> Any:
+def described(value: Any, seen: dict[int, int] | None = None, depth: int = 0) -> Any:
     """A value with its types, and with which mutable parts of it are the same object."""
     seen = {} if seen is None else seen
+    if depth > 40:
+        return "..."
     kind = type(value).__name__
     if isinstance(value, (list, dict, world.Box)):
         if id(value) in seen:
             return ("same", seen[id(value)])
         seen[id(value)] = len(seen)
     if isinstance(value, dict):
-        return (kind, [(described(k, seen), described(v, seen)) for k, v in value.items()])
+        return (kind, [(described(k, seen, depth + 1), described(v, seen, depth + 1)) for k, v in value.items()])
     if isinstance(value, (list, tuple)):
-        return (kind, [described(v, seen) for v in value])
+        return (kind, [described(v, seen, depth + 1) for v in value])
     if isinstance(value, world.Box):
-        return (kind, described(value.value, seen))
+        return (kind, described(value.value, seen, depth + 1))
     if isinstance(value, BaseException):
         return (kind, clean_text(str(value)))
     return (kind, clean_text(repr(value)))

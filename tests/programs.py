@@ -491,7 +491,7 @@ class Writer:
             return (
                 f"(await asyncio.gather(llm.generate({self.e(STR, d)}), aget({self.e(INT, d)})))[{self.pick('0', '1')}]"
             )
-        return f"len(await asyncio.gather(docs.search({self.e(STR, d)}, k=2), anote({self.e(INT, d)})))"
+        return f"len(await asyncio.gather(aget({self.e(STR, d)}), anote({self.e(INT, d)})))"
 
     def gather_list(self, d: int) -> str:
         if not self.fn.is_async or self.no_await:

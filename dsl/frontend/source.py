@@ -58,7 +58,7 @@ def children(node: ast.AST) -> Iterator[ast.AST]:
     """As `ast.iter_child_nodes`, without operators and contexts, and twice as fast."""
     for name in node._fields:
         value = getattr(node, name, None)
-        if value.__class__ is list:
+        if isinstance(value, list):
             for item in value:
                 if isinstance(item, ast.AST):
                     yield item

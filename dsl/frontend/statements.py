@@ -43,7 +43,7 @@ class Statements(Handlers):
             if not is_straight:
                 self.started = []
             is_straight = self.is_async and runs_through(s)
-            if not is_straight:  # here tasks start
+            if not is_straight and self.started:  # here tasks start
                 self.together(first, self.started)
             elif not self.started:
                 first = len(self.builder.block.ops)
