@@ -18,6 +18,7 @@ from flowc.backends.llm.factory import open_llm  # noqa: E402
 from flowc.backends.llm.hf import HFBackend  # noqa: E402
 from flowc.backends.llm.local import LocalModel  # noqa: E402
 from flowc.backends.llm.paged.backend import PagedBackend  # noqa: E402
+from flowc.backends.llm.paged.packed import PackedLinear, copies_fit, pack_linears  # noqa: E402
 from flowc.backends.llm.tiny import write_tiny_model  # noqa: E402
 from flowc.ir.errors import NodeTimeoutError, ResourceError  # noqa: E402
 from flowc.runtime.protocols import ChooseRequest, GenerateRequest, Generation, LLMBackend  # noqa: E402
@@ -210,6 +211,30 @@ def test_announced_prompts_stay_and_come_back_from_the_host(folder: Path, plain:
     backend.close()
     with pytest.raises(ResourceError, match="unknown policy"):
         PagedBackend(folder, policy="fifo")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_layers_give_what_plain_ones_give(folder: Path, dtype: str) -> None:
+    local = LocalModel(folder, dtype, device="cpu")
+    ids = torch.tensor([local.encode(PROMPTS[2])])
+    with torch.inference_mode():
+        plain = local.model(input_ids=ids).logits, local.model(input_ids=ids[:, :1]).logits
+        assert copies_fit(local.model)
+        count = pack_linears(local.model, least_weights=1024)
+        assert count == len([m for m in local.model.modules() if isinstance(m, PackedLinear)]) > 4
+        packed = local.model(input_ids=ids).logits, local.model(input_ids=ids[:, :1]).logits
+    tolerance = 1e-4 if dtype == "float32" else 0.1
+    for before, after in zip(plain, packed, strict=True):
+        torch.testing.assert_close(after, before, atol=tolerance, rtol=tolerance)
+    assert pack_linears(local.model, least_weights=0) == 0, "what is packed stays as it is"
+
+
+def test_packing_can_be_chosen(folder: Path, llm: PagedBackend) -> None:
+    assert llm.packed_layers > 0
+    backend = PagedBackend(folder, device="cpu", pack=False)
+    assert backend.info().detail["packed_layers"] == 0
+    assert list(backend.generate(requests()[:5])) == list(llm.generate(requests()[:5]))
+    backend.close()
 
 
 def test_the_engine_is_what_the_factory_opens(folder: Path) -> None:
