@@ -39,7 +39,8 @@ __all__ = [
     "recall_table",
 ]
 
-Progress = Callable[[str, int, int], None]  # (what is done: "embed", "train", "add", "measure"; how much; of how much)
+# (what is done: "embed", "train", "add", "measure" or "calibrate"; how much; of how much)
+Progress = Callable[[str, int, int], None]
 Codec = Literal["fp16", "fp32"]
 
 FLAT_BELOW = 50_000  # vectors: one list is exact and takes about 3 ms at this size

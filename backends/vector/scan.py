@@ -135,6 +135,17 @@ class ListSearch:
         """Whether nothing is left to scan: all was, or a stopping rule holds, or it was cancelled."""
         return self._taken == len(self.lists) or self.cancelled or bool(self.stopped)
 
+    @property
+    def _is_plain(self) -> bool:
+        """Whether all lists are to be scanned, in one go."""
+        return (
+            self.budget is None
+            and self.gap is None
+            and not self._taken
+            and not self.cancelled
+            and self.total <= _GROUP_CODES
+        )
+
     def remaining(self) -> Ranks:
         """Ranks of the lists that were not scanned, nearest first; none once `done`."""
         if self.done:
@@ -389,6 +400,12 @@ class Lists:
         A budget is for all searches together and is looked at between groups of lists, cut by the vectors that they
         hold and not by their number; at least one list is scanned where one is left.
         """
+        if budget is None and len(searches) == 1 and searches[0]._is_plain:
+            search = searches[0]  # the common case of one question, without the bookkeeping of many
+            self._faiss.omp_set_num_threads(1)
+            self._call(search.query, search.lists[None], search.scores, search.ids)
+            search._took(range(len(search.lists)))
+            return
         units = codes = None
         until = None
         if budget is not None:

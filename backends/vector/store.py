@@ -163,6 +163,10 @@ def _manifest(row: dict[str, Any]) -> Manifest:
     for name in (row["generation"], *files):
         if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):  # never a path out of the index
             raise ValueError(f"{name!r} is not a file name")
+    calibration = dict(row.get("calibration", {}))
+    for line in calibration.get("rows", ()):
+        if not all(isinstance(line[name], (int, float)) for name in ("k", "nprobe", "eps", "gap")):
+            raise TypeError("a row of the calibration holds something else than numbers")
     info = row["embedder"]
     embedder = EmbedderInfo(str(info["spec"]), str(info["fingerprint"]), number(info["dim"], 1)) if info else None
     vectors = row["kind"] in ("flat", "ivf")
@@ -181,7 +185,7 @@ def _manifest(row: dict[str, Any]) -> Manifest:
         embedder=embedder,
         settings=dict(row["settings"]),
         reasons=tuple(str(r) for r in row["reasons"]),
-        calibration=dict(row.get("calibration", {})),
+        calibration=calibration,
         files=files,
     )
 

@@ -370,7 +370,7 @@ def test_passages_that_the_embedder_cannot_see_whole_are_counted(tmp_path: Path)
 def test_progress_is_told_of_every_stage(passages: list[Passage], embedder: HashingEmbedder, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     build_index(passages, embedder, tmp_path / "i", nlist=8, progress=lambda *step: told.append(step))
-    assert list(dict.fromkeys(stage for stage, _, _ in told)) == ["embed", "train", "add", "measure"]
+    assert list(dict.fromkeys(stage for stage, _, _ in told)) == ["embed", "train", "add", "measure", "calibrate"]
     assert all(done <= total for _, done, total in told)
     assert ("embed", len(passages), len(passages)) in told
 
