@@ -162,7 +162,8 @@ OPS: dict[str, OpSpec] = {
         ),
         OpSpec(
             "fused",
-            "A straight run of plain Python that executes as one code object; yields its results.",
+            "A straight run of plain Python that executes as one code object, a coroutine where it awaits; yields its "
+            "results.",
             (),
             results=None,
             regions=("body",),

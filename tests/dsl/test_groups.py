@@ -328,7 +328,7 @@ def failing(*delays: int) -> Callable[..., Awaitable[Any]]:
             note("handled")
             return e.args
 
-    return flow  # type: ignore[no-any-return]
+    return flow
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -304,7 +304,12 @@ BROKEN: dict[str, tuple[str, str, str, str | None]] = {
     ),
     # F027: fused
     "fused lane": ("fused body {\n%x = search @i (%q) : docs\n}", "F027", "`fused` holds `search`", None),
-    "fused await": ('fused body {\n%x = py "await f()" {is_async = true} : any\n}', "F027", "`fused` holds `py`", None),
+    "fused await inside": (
+        'fused body {\nforeach (%l) body (%i: text) {\n%x = py "await f()" {is_async = true} : any\n}\n}',
+        "F027",
+        "`fused` holds `foreach`",
+        None,
+    ),
     "fused call": ("fused body {\n%x = call @other (%q, %d) : docs\n}", "F027", "`fused` holds `call`", None),
     "fused lane inside": (
         "fused body {\nforeach (%l) body (%i: text) {\n%x = embed @e (%i) : vector\n}\n}",
