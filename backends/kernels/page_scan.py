@@ -109,6 +109,7 @@ class Work:
 
     query: torch.Tensor  # (items,) int32, ascending
     pages: torch.Tensor  # (items, run) int32; -1: none
+    rank: torch.Tensor  # (items,) int64: which of its query's items it is
     items: tuple[int, ...]  # items per query
     missing: tuple[tuple[int, int], ...]  # (query, list) that are probed and not resident, for the CPU
 
@@ -126,6 +127,7 @@ def plan_scan(
     """
     run = max(1, CODES // page_size)
     query: list[int] = []
+    rank: list[int] = []
     pages: list[list[int]] = []
     items, missing = [], []
     for number, lists in enumerate(probes):
@@ -139,11 +141,13 @@ def plan_scan(
         count = -(-len(mine) // run)
         mine += [-1] * (count * run - len(mine))
         query += [number] * count
+        rank += range(count)
         pages += [mine[at * run : (at + 1) * run] for at in range(count)]
         items.append(count)
     return Work(
         torch.tensor(query, dtype=torch.int32, device=device),
         torch.tensor(pages, dtype=torch.int32, device=device).view(len(pages), run),
+        torch.tensor(rank, dtype=torch.int64, device=device),
         tuple(items),
         tuple(missing),
     )
@@ -218,12 +222,9 @@ def _merge(scores: torch.Tensor, ids: torch.Tensor, work: Work, k: int) -> tuple
     all_scores = scores.new_full((count, columns), float("-inf"))
     all_ids = ids.new_full((count, columns), _NOBODY)
     if widest:
-        each = torch.tensor(work.items, device=scores.device)
-        before = torch.cumsum(each, 0) - each
         query = work.query.long()
-        item = torch.arange(len(query), device=scores.device) - before[query]
-        all_scores.view(count, widest, k)[query, item] = scores
-        all_ids.view(count, widest, k)[query, item] = ids
+        all_scores.view(count, widest, k)[query, work.rank] = scores
+        all_ids.view(count, widest, k)[query, work.rank] = ids
     all_ids, order = torch.sort(all_ids, dim=1, stable=True)
     all_scores, place = torch.sort(all_scores.gather(1, order), dim=1, descending=True, stable=True)
     best = all_ids.gather(1, place)[:, :k]
@@ -272,6 +273,7 @@ def catalogue() -> Iterator[tuple[str, Launch]]:
         work = Work(
             torch.empty(32, dtype=torch.int32, device=meta),
             torch.empty(32, CODES // page_size, dtype=torch.int32, device=meta),
+            torch.empty(32, dtype=torch.int64, device=meta),
             (32,),
             (),
         )

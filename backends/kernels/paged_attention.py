@@ -20,6 +20,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -340,9 +341,7 @@ def plan(
     given.
     """
     group = heads // kv_heads
-    starts = [0]
-    for new in new_rows:
-        starts.append(starts[-1] + new)
+    starts = list(accumulate(new_rows, initial=0))
     batches = []
     for decode in (False, True):
         chosen = [i for i, new in enumerate(new_rows) if (new == 1) == decode and new > 0]
@@ -541,7 +540,8 @@ def paged_attention_triton(
     if _planned.layout is not layout or _planned.shape != shape:
         spans = layout.spans
         new_rows = [span.rows.stop - span.rows.start for span in spans]
-        assert [span.rows.start for span in spans] == [sum(new_rows[:i]) for i in range(len(spans))], "rows with gaps"
+        starts = list(accumulate(new_rows, initial=0))
+        assert [span.rows.start for span in spans] == starts[:-1], "rows with gaps"
         _planned.batches = plan(
             new_rows,
             [span.length for span in spans],
