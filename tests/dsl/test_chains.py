@@ -15,8 +15,7 @@ from flowc.passes.manager import PassManager, pipeline
 from flowc.runtime.clock import VirtualLoop
 from flowc.runtime.engine import Runtime
 from flowc.runtime.plan import Plan, build_plan
-
-from ..runtime.worlds import World
+from tests.runtime.worlds import World
 
 LOG: list[Any] = []
 WAYS = ("eager", 0, 1, 2, 3)

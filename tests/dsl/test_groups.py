@@ -14,8 +14,7 @@ from flowc.passes.manager import PassManager, pipeline
 from flowc.runtime.clock import VirtualLoop
 from flowc.runtime.engine import Runtime
 from flowc.runtime.plan import build_plan
-
-from ..runtime.worlds import World
+from tests.runtime.worlds import World
 
 LOG: list[str] = []
 EVENTS: dict[str, asyncio.Event] = {}
