@@ -7,9 +7,9 @@ be cancelled, or take in what another device found. Three facts make the result 
 - *Distances are canonical.* The inner product that FAISS's list scanner computes is a function of the query and the
   stored code alone, whatever the batch, the thread or the order of the lists (measured bit for bit). Codes hold whole
   vectors, not residuals, so that it stays so.
-- *Probes are canonical.* The nearest lists are ranked by (inner product descending, list number ascending) with the
-  one-query kernel; a blocked matrix product would move last bits with the batch size. If they hold fewer than k
-  vectors, further lists are probed until they do.
+- *Probes are canonical.* The nearest lists are ranked by (inner product descending, list number ascending), where the
+  product is that of one pair; one of many would move last bits with the batch size, so those only find candidates.
+  If the nearest hold fewer than k vectors, further lists are probed until they do.
 - *Results are canonical.* A heap drops entries no better than its worst. If its worst is below the k-th best, nothing
   that belongs to the best k was dropped; if it ties with the k-th, the lists are scanned again for all entries as good
   as that. The best k are then ordered by (score descending, id ascending).
@@ -24,6 +24,7 @@ Source of the sub-stages: Hu et al., "HedraRAG", 2025, section 4; of the wavefro
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -212,7 +213,7 @@ class _Forms:
             return False
         key = self._key(share, keep)
         rows, each = self._cost.get((*key, True)), self._cost.get((*key, False))
-        cheaper = rows is None or each is None or rows < each
+        cheaper = rows is not None and each is not None and rows < each
         if codes < _LEARN_CODES:
             return cheaper
         wave = self._waves[key]
@@ -249,7 +250,9 @@ class Lists:
         lists = index.invlists
         self.sizes: I64 = np.array([lists.list_size(n) for n in range(index.nlist)], dtype=np.int64)
         self._tiles: F32 | None = None
-        self._reach = 0.0
+        # How far below the bar a list may score by another order of summation and still be among the nearest: two sums
+        # differ by at most d * 2^-23 * |query| * |centroid|, and both the list's and the bar's may.
+        self._reach = float(np.linalg.norm(self._centroids, axis=1).max()) * self.dim * 2.0**-20
         self._params: dict[int, Any] = {}
         self._zeros = np.zeros(1 << 12, dtype=np.float32)
         self._ptr = faiss.swig_ptr
@@ -268,28 +271,40 @@ class Lists:
             self._ptr(scores), self._ptr(query), self._ptr(self._centroids), self.dim, self.nlist
         )
         if nprobe < self.nlist:
-            near = np.flatnonzero(scores >= _bars(scores[None, :], nprobe)[0])
-            near = near[np.argsort(-scores[near], kind="stable")[:nprobe]]
-            if int(self.sizes[near].sum()) >= enough:
-                return near, scores[near]
+            bar = _bars(scores[None, :], nprobe)[0] - self._reach * math.sqrt(float(query @ query))
+            near = np.flatnonzero(scores >= bar)
+            scores = self._canonical(query[None], near[None])[0]
+            order = np.argsort(-scores, kind="stable")[:nprobe]
+            near = near[order]
+            if len(near) == nprobe and int(self.sizes[near].sum()) >= enough:
+                return near, scores[order]
+        scores = self._canonical(query[None], np.arange(self.nlist)[None])[0]
         order = np.argsort(-scores, kind="stable")
         held = np.cumsum(self.sizes[order])
         order = order[: max(nprobe, int(np.searchsorted(held, enough)) + 1)]
         return order, scores[order]
 
-    def _nearest_of_many(self, queries: F32, nprobe: int) -> list[tuple[I64, F32]]:
-        """What `_nearest` gives each query where `nprobe` lists hold enough; matrix products find the candidates.
+    def _canonical(self, queries: F32, lists: I64) -> F32:
+        """Scores of these lists' centroids, of the shape of `lists`, -inf for list -1: bits that nothing else moves.
 
-        A product and the canonical score of a list differ by at most d * 2^-23 * |query| * |centroid|. So every list
-        among the nearest has a product no farther than twice that below the `nprobe`-th best product. Those that reach
-        so far are few, and their canonical scores put them in order.
+        FAISS's product of one pair. Its product of one query with all centroids sums in another order at some
+        dimensions (at 8, for one), so it finds candidates only, as matrix products do.
         """
+        scores = np.empty(lists.shape, dtype=np.float32)
+        self._faiss.omp_set_num_threads(1)
+        ptr = self._ptr
+        self._faiss.fvec_inner_products_by_idx(
+            ptr(scores), ptr(queries), ptr(self._centroids), ptr(lists), self.dim, len(lists), lists.shape[1]
+        )
+        return scores
+
+    def _nearest_of_many(self, queries: F32, nprobe: int) -> list[tuple[I64, F32]]:
+        """What `_nearest` gives each query where `nprobe` lists hold enough; matrix products find the candidates."""
         count = len(queries)
         if self._tiles is None:
             width = max(1, _TILE_PRODUCTS // (_BLOCK * self.dim))
             padded = np.zeros((-(-self.nlist // width) * width, self.dim), dtype=np.float32)
             padded[: self.nlist] = self._centroids
-            self._reach = float(np.linalg.norm(self._centroids, axis=1).max()) * self.dim * 2.0**-20  # 4 times that
             self._tiles = np.ascontiguousarray(padded.reshape(-1, width, self.dim).transpose(0, 2, 1))
         products = np.matmul(queries[None], self._tiles).transpose(1, 0, 2).reshape(count, -1)[:, : self.nlist]
         bars = _bars(products, nprobe) - self._reach * np.linalg.norm(queries, axis=1)
@@ -297,12 +312,7 @@ class Lists:
         found = np.bincount(rows, minlength=count)
         lists = np.full((count, int(found.max(initial=1))), -1, dtype=np.int64)
         lists[rows, np.arange(len(rows)) - np.repeat(np.cumsum(found) - found, found)] = columns
-        scores = np.empty(lists.shape, dtype=np.float32)
-        self._faiss.omp_set_num_threads(1)
-        ptr = self._ptr
-        self._faiss.fvec_inner_products_by_idx(  # -inf for list -1
-            ptr(scores), ptr(queries), ptr(self._centroids), ptr(lists), self.dim, count, lists.shape[1]
-        )
+        scores = self._canonical(queries, lists)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :nprobe]
         lists, scores = np.take_along_axis(lists, order, axis=1), np.take_along_axis(scores, order, axis=1)
         return list(zip(lists, scores, strict=True))
@@ -392,7 +402,7 @@ class Lists:
         queries = np.ascontiguousarray(queries)
         searches = self.begin_many(queries, k, nprobe)
         self.scan(searches)
-        return [self.best(search) for search in searches]
+        return self._best_of_all(searches)
 
     def scan(self, searches: Sequence[ListSearch], budget: ScanBudget | None = None) -> None:
         """Scans on until every search is done or the budget is spent, everyone's nearest lists first.
@@ -613,6 +623,21 @@ class Lists:
             found = ids >= 0
             scores, ids = scores[found], ids[found]
         return scores, ids
+
+    def _best_of_all(self, searches: Sequence[ListSearch]) -> list[tuple[F32, I64]]:
+        """`best` of searches that began together, whose heaps can be put in order together."""
+        block = searches[0].block if len(searches) > 1 else None
+        if block is None or any(search.block is not block for search in searches):
+            return [self.best(search) for search in searches]
+        order = np.lexsort((block.ids, -block.scores), axis=1)
+        scores = np.take_along_axis(block.scores, order, axis=1)
+        ids = np.take_along_axis(block.ids, order, axis=1)
+        k = searches[0].k
+        clear = ((ids[:, -1] >= 0) & (scores[:, -1] < scores[:, k - 1])).tolist()  # full, and no tie at the end
+        return [
+            (scores[search.row, :k], ids[search.row, :k]) if clear[search.row] else self.best(search)
+            for search in searches
+        ]
 
     def _as_good_as(self, search: ListSearch, score: float) -> tuple[F32, I64]:
         """All entries of the scanned lists with this score or a better one."""

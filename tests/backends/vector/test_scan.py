@@ -497,3 +497,27 @@ def test_padding_of_unequal_heaps_never_enters_a_result(passages: list[Passage],
                 assert (search.scores[search.ids < 0] == -np.inf).all()
                 assert len(set(search.ids[search.ids >= 0].tolist())) == (search.ids >= 0).sum()
         assert [index.finish(s) for s in searches] == alone
+
+
+@settings(max_examples=60)
+@given(data=st.data(), vectors=vectors_)
+def test_a_batch_in_one_call_is_its_searches_one_by_one(data: st.DataObject, vectors: F32) -> None:
+    lists = made(vectors, data.draw(st.integers(1, min(len(vectors), 40)), label="nlist"))
+    count = data.draw(st.integers(0, 40), label="queries")
+    rng = np.random.default_rng(count)
+    queries = unit(np.concatenate([vectors, rng.standard_normal((40, 8))])[rng.permutation(len(vectors) + 40)[:count]])
+    sizes = st.integers(1, len(vectors) + 2)
+    same = data.draw(st.none() | sizes, label="k of all")
+    k = [same or data.draw(sizes) for _ in range(count)]
+    nprobe = [data.draw(st.integers(1, lists.nlist)) for _ in range(count)]
+    lists._forms = Always(data.draw(st.booleans(), label="by list"))
+    together = lists.search(queries, k, nprobe)
+    for query, want, probes, found in zip(queries, k, nprobe, together, strict=True):
+        alone = lists.begin(query, want, probes)
+        assert rows(found) == rows(lists.finish(alone))
+        assert np.array_equal(alone.lists, lists.begin_many(query[None], [want], [probes])[0].lists)
+    # The nearest lists by matrix products are the nearest lists by canonical scores, in their order.
+    for search, query, want, probes in zip(lists.begin_many(queries, k, nprobe), queries, k, nprobe, strict=True):
+        one = lists.begin(query, want, probes)
+        assert np.array_equal(search.lists, one.lists)
+        assert np.array_equal(search.near, one.near)
