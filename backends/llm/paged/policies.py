@@ -84,7 +84,11 @@ class PGDSF(Policy):
 
 
 class Workflow(PGDSF):
-    """What nobody announced, by PGDSF; then the farthest from its next use, of these the cheapest to compute again."""
+    """What nobody announced, by PGDSF; then the farthest from its next use.
+
+    Of equal steps what was announced last is the farthest, for the other programs have gone on since; of what was
+    announced together the cheapest to compute again goes first.
+    """
 
     name = "workflow"
 
@@ -95,7 +99,7 @@ class Workflow(PGDSF):
     def key(self, node: Node) -> Key:
         if node.steps == UNKNOWN:
             return (0.0, node.score, node.last_use)
-        return (1.0, -node.steps, recompute_cost(node), node.last_use)
+        return (1.0, -node.steps, -node.said_at, recompute_cost(node), node.last_use)
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {p.name: p for p in (Workflow, LRU, LFU, SLRU, PGDSF)}

@@ -38,10 +38,11 @@ class State(enum.Enum):
 
 @dataclass(slots=True)
 class Hint:
-    """A program will read the prefix `tokens` (whole blocks) in `steps` steps."""
+    """A program will read the prefix `tokens` (whole blocks) in `steps` steps, it said at `said_at`."""
 
     tokens: Tokens
     steps: float
+    said_at: int
 
 
 class Node:
@@ -58,6 +59,7 @@ class Node:
         "on_device",
         "parent",
         "pinned_until",
+        "said_at",
         "score",
         "state",
         "steps",
@@ -79,6 +81,7 @@ class Node:
         self.uses = 0
         self.score = 0.0  # of the policy
         self.steps = UNKNOWN  # to the next announced use, of itself or of what is below
+        self.said_at = 0  # when that was announced, by the count of uses
         self.hints: dict[Hashable, Hint] = {}  # whose path ends here, as far as it is cached
         self.pinned_until = 0.0
 
@@ -200,7 +203,9 @@ class PrefixTree:
                 del above.hints[key]
                 node.hints[key] = hint
                 self._hinted[key] = node
-                node.steps = min(node.steps, hint.steps)  # which those above count already
+                node.steps, node.said_at = min(  # which those above count already
+                    (node.steps, node.said_at), (hint.steps, hint.said_at)
+                )
         if node.block is None:  # new, on the host, or loading: then what is loaded is dropped when it arrives
             self.pool.share(block)
             self._put_on_device(node, block)
@@ -215,7 +220,7 @@ class PrefixTree:
         whole = tuple(tokens[: len(tokens) // size * size])
         path = self.match(whole, len(whole))
         node = path[-1] if path else self.root
-        node.hints[key] = Hint(whole, steps)
+        node.hints[key] = Hint(whole, steps, self._uses)
         self._hinted[key] = node
         self._refresh_steps(node)
 
@@ -467,11 +472,14 @@ class PrefixTree:
         """Brings `steps` up to date from a node to the root."""
         at: Node | None = node
         while at is not None:
-            own = min((h.steps for h in at.hints.values()), default=UNKNOWN)
-            steps = min(own, min((c.steps for c in at.children.values()), default=UNKNOWN))
-            if steps == at.steps and at is not node:
+            nearest = min(
+                [(h.steps, h.said_at) for h in at.hints.values()]
+                + [(c.steps, c.said_at) for c in at.children.values() if c.steps < UNKNOWN],
+                default=(UNKNOWN, 0),
+            )
+            if nearest == (at.steps, at.said_at) and at is not node:
                 break
-            at.steps = steps
+            at.steps, at.said_at = nearest
             self._consider(at)
             at = at.parent
 

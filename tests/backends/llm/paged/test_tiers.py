@@ -122,6 +122,14 @@ def test_what_nobody_announced_goes_first_then_the_farthest() -> None:
     assert order(stand, ["aa", "bb", "cc", "dd"]) == ["dd", "aa", "cc", "bb"]
 
 
+def test_of_equal_steps_the_earlier_announcement_is_nearer() -> None:
+    stand = Stand()
+    for text in ("aa", "bb", "cc"):
+        stand.hint(text, text, 2)
+        stand.visit(text)
+    assert order(stand, ["aa", "bb", "cc"]) == ["cc", "bb", "aa"]
+
+
 def test_the_nearest_program_counts_and_a_release_is_heard() -> None:
     stand = Stand()
     for text in ("aa", "bb"):
