@@ -33,7 +33,11 @@ class Action:
 
 @pure
 def read_action(reply: str, names: tuple[str, ...]) -> Action:
-    """The first `TOOL: {"name": ..., "arguments": {...}}` line of a reply that names a known tool, else the reply as the answer."""
+    """What a reply asks for.
+
+    That is its first line `TOOL: {"name": ..., "arguments": {...}}` that names a known tool, else the reply as the
+    answer.
+    """
     for line in reply.splitlines():
         stripped = line.strip()
         if not stripped.startswith(CALL):
@@ -75,7 +79,7 @@ class Toolbox:
         )
 
 
-class Agent(Workflow):
+class Agent(Workflow[[str], str]):
     """A model with a role. `agent("task")` answers it, calling tools on the way, in at most `max_turns` replies.
 
     Inside a workflow a call is inlined like any nested workflow. A reply that calls a tool is one line
@@ -109,7 +113,8 @@ class Agent(Workflow):
             parts.append(
                 f"You can use these tools:\n{self.toolbox.describe()}\n"
                 f'To use one, write a line {CALL} {{"name": "...", "arguments": {{...}}}} and stop. '
-                f"You are then told its result after {OBSERVATION}. When you know the answer, write {ANSWER} and the answer."
+                f"You are then told its result after {OBSERVATION}. "
+                f"When you know the answer, write {ANSWER} and the answer."
             )
         return "\n\n".join(parts)
 

@@ -122,9 +122,7 @@ class FusePy(Pass):
                 remarks.append(self.remark(describe(op), op.loc, _AWAITS, fired=False))
             if op.name == "fused" or not op.regions:
                 return op
-            inner = tuple(
-                on_region(r, is_handler or (op.name == "try" and i > 0)) for i, r in enumerate(op.regions)
-            )
+            inner = tuple(on_region(r, is_handler or (op.name == "try" and i > 0)) for i, r in enumerate(op.regions))
             return op if all(a is b for a, b in zip(inner, op.regions, strict=True)) else replace(op, regions=inner)
 
         def on_group(unit: _Unit, members: list[Op], outside: set[str]) -> list[Op]:

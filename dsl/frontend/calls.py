@@ -304,9 +304,7 @@ class Calls(Expressions):
         listcomp = synthetic(ast.ListComp(_awaiting(synthetic(call, inner)), generators), inner)
         return lambda: self.lower(listcomp, hint)
 
-    def _start_each(
-        self, node: ast.expr, call: ast.Call, parts: Sequence[ast.expr], listed: Value, hint: str
-    ) -> Value:
+    def _start_each(self, node: ast.expr, call: ast.Call, parts: Sequence[ast.expr], listed: Value, hint: str) -> Value:
         """The operation for each tuple of arguments in a list that nobody else holds."""
 
         def per_item(params: tuple[Value, ...]) -> list[Value]:

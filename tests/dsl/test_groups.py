@@ -125,9 +125,7 @@ async def tasks_pair() -> Any:
 
 @workflow
 async def gathered_tasks_pair() -> Any:
-    return await asyncio.gather(
-        asyncio.create_task(waits_for("a", "b")), asyncio.ensure_future(waits_for("b", "a"))
-    )
+    return await asyncio.gather(asyncio.create_task(waits_for("a", "b")), asyncio.ensure_future(waits_for("b", "a")))
 
 
 @workflow
