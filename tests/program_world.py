@@ -106,7 +106,8 @@ class Box:
         self.value = value
 
     def __repr__(self) -> str:
-        return f"Box({self.value!r})"
+        plain = isinstance(self.value, (str, int, bool, type(None)))
+        return f"Box({self.value!r})" if plain else f"Box of {type(self.value).__name__}"  # boxes may hold themselves
 
     def __bool__(self) -> bool:
         return bool(self.value)

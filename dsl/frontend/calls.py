@@ -8,7 +8,6 @@ import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from flowc.ir.core import Attr, Op, Region, Scope, Value, free_values
@@ -277,7 +276,7 @@ class Calls(Expressions):
 
     def named(self, value: Value, at: ast.expr) -> ast.Name:
         """A variable of the frontend's own that holds the value."""
-        name = next(f"argument_{i}" for i in count() if f"argument_{i}" not in self.locals)
+        name = self.own_name("argument")
         self.locals |= {name}
         self.env[name] = value
         return ast.copy_location(ast.Name(name, ast.Load()), at)

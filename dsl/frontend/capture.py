@@ -91,6 +91,7 @@ class Session:
                 tainted,
                 workflow.max_iterations,
             )
+            lowering.names = frozenset(facts.names)
             lowering.has_walrus = facts.has_walrus
             lowering.outer_names = frozenset(facts.outer)
             lowering.binding_counts = facts.binding_counts

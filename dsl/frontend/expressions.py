@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import keyword
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,7 @@ class Expressions(State):
         inputs = [(n, self.outgoing(n)) for n in dict.fromkeys([*read, *bound]) if n in read or n not in definite]
         given = dict(inputs)
         kept = [n for n in read if n not in bound and self.is_maybe_unbound(n)]
-        result = next(n for n in ("value", "value_", "_value") if n not in given and n not in bound)
+        result = self.own_name("value")
         outs: list[tuple[str, Type]] = [(result, info.type)]
         for n in (*bound, *kept):
             t = env[n].type if n in env else ANY
@@ -266,7 +267,7 @@ class Expressions(State):
                 ast.Attribute(self._placeholder(child.value, placeholders), child.attr, child.ctx), child
             )
         value = self.lower(child, "v")
-        name = next(n for n in _fresh_names(value) if n not in placeholders and n not in self.locals)
+        name = self.own_name(_stem(value), placeholders)
         placeholders[name] = value
         return ast.copy_location(ast.Name(name, ast.Load()), child)
 
@@ -293,7 +294,7 @@ class Expressions(State):
                 a = self.lower(left, "left")
                 b = self.lower(middle, "middle")
                 first_test = self._compare(op, a, b, node)
-                name = next(n for n in ("middle", "middle_", "_middle", "__middle") if n not in self.locals)
+                name = self.own_name("middle")
                 self.locals |= {name}
                 self.env[name] = b
                 tail = synthetic(ast.Compare(ast.Name(name, ast.Load()), ops, others), node)
@@ -582,7 +583,7 @@ class Expressions(State):
             names[name] = t
             return ast.Name(name, ast.Store())
 
-        source = next(n for n in ("value", "value_", "_value") if n not in binds(target))
+        source = self.own_name("value")
         pattern = ast.fix_missing_locations(ast.Assign([form(target)], ast.Name(source, ast.Load())))
         a = self.analyzer()
         env: dict[str, Info] = {}
@@ -607,7 +608,7 @@ class Expressions(State):
             self.escaped |= self.fact(self.env[base.id]).sites
         else:
             self.escaped |= self.analyze(target.value).sites if not is_split else frozenset()
-        name = next(n for n in ("value", "value_", "_value") if n not in free_names(target))
+        name = self.own_name("value")
         text = f"{ast.unparse(rebuilt)} = {name}"
         inputs = [
             (n, placeholders[n] if n in placeholders else self.read(n))
@@ -655,10 +656,9 @@ def _surely_binds(node: ast.AST) -> set[str]:
             return {n for child in ast.iter_child_nodes(node) for n in _surely_binds(child)}
 
 
-def _fresh_names(value: Value) -> Any:
-    stem = value.name.split(".")[0]
-    stem = stem if stem.isidentifier() else "v"
-    yield from (f"{stem}_{i}" if i else stem for i in range(10_000))
+def _stem(value: Value) -> str:
+    stem = value.name.partition(".")[0]
+    return stem if stem.isidentifier() and not keyword.iskeyword(stem) else "v"
 
 
 def _target_name(target: ast.expr) -> str:

@@ -60,7 +60,7 @@ class Handlers(Loops):
         if s.msg is not None and self.has_op(s.msg):
             self.fail(s, "F013", "an assertion message with an operation cannot be captured", "use if and raise")
         test = self.lower(s.test, "test")
-        name = next(n for n in ("test", "test_", "_test") if n not in self.locals)
+        name = self.own_name("test")
         rebuilt = ast.Assert(ast.Name(name, ast.Load()), s.msg)
         inputs = [(name, test)]
         info = Info(NONE, READS if not is_immutable(test.type) else PURE, True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flowc.ir.builder import Block, Builder
@@ -82,6 +83,7 @@ class State:
     has_op_memo: dict[int, tuple[ast.AST, bool]] = field(
         default_factory=dict
     )  # holds the node, so that its id stays its own
+    names: frozenset[str] = frozenset()  # every name in the function: the frontend's own names are others
     has_walrus: bool = True  # does the function hold a `:=` anywhere?
     binding_counts: dict[str, int] = field(default_factory=dict)
     bound_in_loops: frozenset[str] = frozenset()
@@ -282,7 +284,7 @@ class State:
         if not unbound:
             (value,) = self.py(text, inputs, info, hint=hint)
             return self.know(value, sites=info.sites, is_declared=a.trusts or self.fact(value).is_declared)
-        result = next(n for n in ("value", "value_", "_value") if n not in names)
+        result = self.own_name("value", placeholders)
         outs = [(result, info.type), *((n, dict(inputs)[n].type) for n in unbound)]
         value, *rest = self.py(f"{result} = {text}", inputs, replace(info, raises=True), outs=outs)
         for n, v in zip(
@@ -290,6 +292,11 @@ class State:
         ):  # the expression has read it, so it is bound; but perhaps not every arm
             self.env[n] = self.know(v, sites=self.fact(dict(inputs)[n]).sites, is_unbound=True)
         return self.know(value, sites=info.sites, is_declared=a.trusts or self.fact(value).is_declared)
+
+    def own_name(self, stem: str, taken: Container[str] = ()) -> str:
+        """A name for the text of a `py` operation that the function does not use itself."""
+        candidates = chain([stem], (f"{stem}_{i}" for i in itertools.count(1)))
+        return next(n for n in candidates if n not in self.names and n not in self.locals and n not in taken)
 
     def binds_inside(self, node: ast.AST) -> bool:
         """Does an expression bind a variable with `:=`?"""

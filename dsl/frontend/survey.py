@@ -21,6 +21,7 @@ class Survey:
     inner: set[str] = field(default_factory=set)  # bound by comprehensions and lambdas: may mean something else outside
     binding_counts: dict[str, int] = field(default_factory=dict)  # how many places bind or delete each variable
     bound_in_loops: set[str] = field(default_factory=set)
+    names: set[str] = field(default_factory=set)  # all that occur
     has_walrus: bool = False
     first_yield: ast.expr | None = None  # makes the function a generator
     rebound_within: dict[str, ast.AST] = field(default_factory=dict)  # by a nested function's `nonlocal`
@@ -42,6 +43,7 @@ def survey(node: ast.FunctionDef | ast.AsyncFunctionDef, parameters: Sequence[st
             continue
         if kind is ast.Name:
             assert isinstance(n, ast.Name)
+            found.names.add(n.id)
             if not is_nested and not isinstance(n.ctx, ast.Load):
                 found.bind(n.id, in_loop)
             continue

@@ -28,6 +28,23 @@ def test_a_comprehension_variable_that_is_called_like_a_tool() -> None:
     )
 
 
+def test_a_result_is_not_called_like_a_global_that_stands_beside_it() -> None:
+    same(
+        """
+        value = "global"
+
+        @workflow
+        def main(b: str, c: bool):
+            if c:
+                x = "x"
+            test = lookup(b) == lookup(*(b, 3))
+            return test, value + x, (value, llm.generate(b))
+        """,
+        "('q', True)",
+        "('q', False)",
+    )
+
+
 def test_walrus_inside_a_comprehension() -> None:
     same(
         """
