@@ -197,6 +197,8 @@ class Statements(Handlers):
         if self.handled and _reraises(s):
             return False  # a bare `raise` means the error that the graph handles
         if isinstance(s, (ast.If, ast.For, ast.While, ast.Try)):
+            if any(frame.keys() & binds(s) for frame in self.cells):
+                return False  # a handler sees what it had bound when the error came
             if any((name := appended(n)) is not None and self._is_list(name) for n in ast.walk(s)):
                 return False
             if any(

@@ -110,6 +110,30 @@ def test_handlers_are_tried_in_order_and_errors_chain() -> None:
     )
 
 
+def test_a_handler_sees_what_plain_python_had_bound_when_it_failed() -> None:
+    same(
+        """
+        @workflow
+        def main(e: int):
+            a = [3].copy()
+            n = 0
+            try:
+                for a, j in zip(a, "v"):
+                    n += 1
+                    assert e
+                if e:
+                    n = 5
+                    assert a == 4
+                lookup(a)
+            except AssertionError:
+                n += 10
+            return a, n
+        """,
+        "(0,)",
+        "(1,)",
+    )
+
+
 def test_a_loop_whose_test_binds() -> None:
     same(
         """
