@@ -96,6 +96,8 @@ def accepts(expected: Type, actual: Type) -> bool:
         return actual in (INT, BOOL)
     if expected == INT:
         return actual == BOOL
+    if expected.name == "sequence" and actual.name == "list":
+        return accepts(expected.args[0], actual.args[0])
     if expected.name == actual.name and len(expected.args) == len(actual.args):
         return all(map(accepts, expected.args, actual.args))
     return False

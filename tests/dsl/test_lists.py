@@ -107,6 +107,20 @@ def test_a_list_that_a_called_workflow_changes() -> None:
     )
 
 
+def test_a_fresh_list_given_to_a_workflow() -> None:
+    same(
+        """
+        @workflow
+        def total(xs: list[int], ys: list[list[int]]):
+            return sum(xs) + len(ys), llm.generate(str(xs))
+
+        @workflow
+        def main():
+            return total(list([3]), [[1], []]), [total([i], [[i]]) for i in range(2)]
+        """
+    )
+
+
 def test_a_list_that_a_helper_keeps() -> None:
     same(
         """
