@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flowc.ir.core import Value
 from flowc.ir.types import ANY, BOOL, INT, TEXT, Type, is_immutable, item_type, join, list_of, sequence_of, tuple_of
 
-from .liveness import binds
+from .liveness import binds, surely_binds
 from .names import MISSING
 from .purity import PURE, WRITES, Analyzer, Info, awaits, free_names, may_hold_lists
 from .source import children, synthetic
@@ -117,7 +117,7 @@ class Expressions(State):
     def _py_binding(self, node: ast.expr, hint: str) -> Value:
         """An expression without operations that binds variables with `:=`: one `py` operation that gives them too."""
         bound = sorted(n for n in binds(node) if n in self.locals)
-        definite = _surely_binds(node)
+        definite = surely_binds(node)
         read = [n for n in free_names(node) if n in self.locals]
         a = self.analyzer()
         env: dict[str, Info] = {}
@@ -635,25 +635,6 @@ def _cut(cuts: dict[ast.expr, str], old: ast.expr, new: ast.expr) -> None:
             cuts[old] = new.id
     elif isinstance(new, ast.Attribute) and isinstance(old, ast.Attribute):
         _cut(cuts, old.value, new.value)
-
-
-def _surely_binds(node: ast.AST) -> set[str]:
-    """Variables that evaluating an expression surely binds with `:=`."""
-    match node:
-        case ast.NamedExpr():
-            return {node.target.id} | _surely_binds(node.value)
-        case ast.IfExp():
-            return _surely_binds(node.test) | (_surely_binds(node.body) & _surely_binds(node.orelse))
-        case ast.BoolOp():
-            return _surely_binds(node.values[0])
-        case ast.Compare():
-            return _surely_binds(node.left) | _surely_binds(node.comparators[0])
-        case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
-            return _surely_binds(node.generators[0].iter)
-        case ast.Lambda():
-            return set()
-        case _:
-            return {n for child in ast.iter_child_nodes(node) for n in _surely_binds(child)}
 
 
 def _stem(value: Value) -> str:

@@ -116,6 +116,25 @@ def binds(node: ast.AST | Iterable[ast.AST], *, appends: bool = True) -> set[str
     return found
 
 
+def surely_binds(node: ast.AST) -> set[str]:
+    """Variables that evaluating an expression surely binds with `:=`."""
+    match node:
+        case ast.NamedExpr():
+            return {node.target.id} | surely_binds(node.value)
+        case ast.IfExp():
+            return surely_binds(node.test) | (surely_binds(node.body) & surely_binds(node.orelse))
+        case ast.BoolOp():
+            return surely_binds(node.values[0])
+        case ast.Compare():
+            return surely_binds(node.left) | surely_binds(node.comparators[0])
+        case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
+            return surely_binds(node.generators[0].iter)
+        case ast.Lambda():
+            return set()
+        case _:
+            return {n for child in children(node) for n in surely_binds(child)}
+
+
 def appended(node: ast.AST) -> str | None:
     """The variable of a statement `name.append(item)`, which rebinds it where its list is a value."""
     match node:

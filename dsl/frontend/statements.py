@@ -354,11 +354,11 @@ def _definitely_binds(s: ast.stmt) -> set[str]:
     match s:
         case ast.If():
             then, other = _all_bind(s.body), _all_bind(s.orelse)
-            return binds(ast.Expr(s.test)) | (then & other)
+            return surely_binds(s.test) | (then & other)
         case ast.For() | ast.AsyncFor():
-            return binds(ast.Expr(s.iter))
+            return surely_binds(s.iter)
         case ast.While():
-            return set()
+            return surely_binds(s.test)
         case ast.Try() | ast.TryStar():
             body = _all_bind([*s.body, *s.orelse])
             for h in s.handlers:
@@ -369,7 +369,8 @@ def _definitely_binds(s: ast.stmt) -> set[str]:
         case ast.Match():
             return set()
         case _:
-            return binds(s)
+            walruses = {n.target.id for n in ast.walk(s) if isinstance(n, ast.NamedExpr)}
+            return (binds(s) - walruses) | surely_binds(s)
 
 
 def _all_bind(stmts: Sequence[ast.stmt]) -> set[str]:

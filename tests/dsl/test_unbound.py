@@ -148,3 +148,16 @@ def test_an_always_taken_read_in_a_fused_run() -> None:
         "(True,)",
         "(False,)",
     )
+
+
+def test_a_walrus_in_the_arm_of_a_test_that_is_not_taken() -> None:
+    same(
+        """
+        @workflow
+        def main(b: str):
+            if b if "p" else (c := True):
+                note(b)
+            return c
+        """,
+        "('x',)",
+    )
