@@ -13,7 +13,15 @@ from flowc.ir.core import Value
 from flowc.ir.types import ANY, BOOL, NEVER, NONE, is_immutable, item_type, join
 
 from .handlers import Handlers, runs_through
-from .liveness import RETURN_VALUE, Liveness, appended, binds, exits, falls_through
+from .liveness import (
+    RETURN_VALUE,
+    Liveness,
+    appended,
+    binds,
+    exits,
+    falls_through,
+    surely_binds,
+)
 from .purity import WRITES, Info, may_hold_lists
 from .source import synthetic
 from .state import BREAK, CONTINUE, EXIT, NORMAL, RETURN
