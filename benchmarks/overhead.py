@@ -18,6 +18,7 @@ import asyncio
 import gc
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import linecache
 import os
@@ -148,65 +149,29 @@ def langgraph_runs() -> dict[str, Run]:
 def burr_runs() -> dict[str, Run]:
     from burr.core import ApplicationBuilder, action, default, expr
 
-    def make(name: str) -> Any:
-        @action(reads=["x"], writes=["x"])
-        def node(state: Any) -> Any:
-            return state.update(x=state["x"] + 1)
+    @action(reads=["x"], writes=["x"])
+    def node(state: Any) -> Any:
+        return state.update(x=state["x"] + 1)
 
-        return node.with_name(name)
+    def build(names: list[str], transitions: list[Any]) -> Any:
+        builder = ApplicationBuilder().with_actions(**dict.fromkeys(names, node)).with_transitions(*transitions)
+        return builder.with_state(x=0).with_entrypoint(names[0]).build()
 
-    nodes = [make(f"n{i}") for i in range(N)]
+    chain_names = [f"n{i}" for i in range(N)]
+    chain_steps = [(a, b, default) for a, b in itertools.pairwise(chain_names)]
+    loop_steps = [("n", "n", expr(f"x < {N}")), ("n", "end", default)]
 
-    def chain() -> Any:
-        transitions = [(f"n{i}", f"n{i + 1}", default) for i in range(N - 1)]
-        app = (
-            ApplicationBuilder()
-            .with_actions(*nodes)
-            .with_transitions(*transitions)
-            .with_state(x=0)
-            .with_entrypoint("n0")
-            .build()
-        )
-        return app.run(halt_after=[f"n{N - 1}"])
+    def chain_setup() -> Any:
+        return build(chain_names, chain_steps)
 
-    def loop() -> Any:
-        one = make("n")
-        end = make("end")
-        transitions = [("n", "n", expr(f"x < {N}")), ("n", "end", default)]
-        app = (
-            ApplicationBuilder()
-            .with_actions(one, end)
-            .with_transitions(*transitions)
-            .with_state(x=0)
-            .with_entrypoint("n")
-            .build()
-        )
-        return app.run(halt_after=["end"])
-
-    def build_only() -> Any:
-        transitions = [(f"n{i}", f"n{i + 1}", default) for i in range(N - 1)]
-        return (
-            ApplicationBuilder()
-            .with_actions(*nodes)
-            .with_transitions(*transitions)
-            .with_state(x=0)
-            .with_entrypoint("n0")
-            .build()
-        )
-
-    def build_loop() -> Any:
-        transitions = [("n", "n", expr(f"x < {N}")), ("n", "end", default)]
-        return (
-            ApplicationBuilder()
-            .with_actions(make("n"), make("end"))
-            .with_transitions(*transitions)
-            .with_state(x=0)
-            .with_entrypoint("n")
-            .build()
-        )
+    def loop_setup() -> Any:
+        return build(["n", "end"], loop_steps)
 
     # An application is used up by a run, so a round builds and runs one; what building costs is taken off.
-    return {"chain": _less(chain, build_only), "loop": _less(loop, build_loop)}
+    return {
+        "chain": _less(lambda: chain_setup().run(halt_after=[chain_names[-1]]), chain_setup),
+        "loop": _less(lambda: loop_setup().run(halt_after=["end"]), loop_setup),
+    }
 
 
 class _less:
