@@ -8,7 +8,7 @@ that has an attribute `max_calls` above 1 may be called so often at a time, from
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from flowc.ir.values import Docs
@@ -18,28 +18,52 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A program's turn, shared by all its requests: who waits with the lower `priority` goes first.
+
+    The program scheduler changes `priority` while requests wait; a lane or engine reads it whenever it chooses.
+    """
+
+    program: int
+    priority: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One completion. `temperature=0` is greedy and deterministic; `seed` makes sampling repeatable."""
+    """One completion. `temperature=0` is greedy and deterministic; `seed` makes sampling repeatable.
+
+    `schema` is a JSON schema that the text must satisfy; a backend that cannot hold a model to it (see
+    `LLMBackend.batch_key` for what may share a call) leaves it to whoever parses the text.
+    """
 
     prompt: str
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0  # 0: no limit
+    min_p: float = 0.0  # least share of the likeliest token's probability; 0: no limit
     stop: tuple[str, ...] = ()
     seed: int | None = None
     timeout_s: float | None = None
+    schema: str | None = None
+    logprobs: bool = False  # fill `Generation.logprobs`
+    ticket: Ticket | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """The text without the prompt and without the stop string. `finish_reason`: "stop", "length" or "cancelled"."""
+    """The text without the prompt and without the stop string. `finish_reason`: "stop", "length" or "cancelled".
+
+    `logprobs`, where they were asked for: the natural logarithm of each written token's probability, before
+    temperature and cut-offs.
+    """
 
     text: str
     prompt_tokens: int = 0
     completion_tokens: int = 0
     finish_reason: str = "stop"
+    logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +72,7 @@ class ChooseRequest:
 
     prompt: str
     options: tuple[str, ...]
+    ticket: Ticket | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +105,7 @@ class SearchRequest:
     k: int = 4
     nprobe: int | None = None
     stop: Bounded | Budget | None = None
+    ticket: Ticket | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +145,31 @@ class LLMBackend(Protocol):
     def count_tokens(self, text: str) -> int: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class PrefixCache(Protocol):
+    """A language model that keeps prompts' prefixes and takes advice on which. Advice never changes an answer.
+
+    `LLMBackend`s may have it. Every call returns at once, from any thread; `key` is the caller's name for one
+    announcement (a program and a call site). Source: KVFlow, section 4; Continuum, section 4.
+    """
+
+    def prefill(self, key: Hashable, prefix: str, ticket: Ticket | None = None) -> None:
+        """Computes a prefix when there is room, and holds it until `release(key)`; a longer one takes its place."""
+        ...
+
+    def hint(self, key: Hashable, prefix: str, steps: float) -> None:
+        """Announces that a prompt with this prefix comes in `steps` generations; takes the place of the last."""
+        ...
+
+    def release(self, key: Hashable) -> None:
+        """Takes back what `prefill` and `hint` announced under the key; work on it that nobody else needs ends."""
+        ...
+
+    def pin(self, prefix: str, ttl_s: float) -> None:
+        """Keeps what is cached of a prefix before all others for `ttl_s` seconds, as over a call of a tool."""
+        ...
 
 
 @runtime_checkable
