@@ -274,6 +274,30 @@ class ElasticRetriever(Retriever, Protocol[S]):
 
 
 @runtime_checkable
+class ClusterCache(Protocol):
+    """An index that keeps part of itself on a device and takes advice on which. Advice never changes a result.
+
+    `Retriever`s may have it. Every call returns at once, from any thread, and raises nothing; `key` is the caller's
+    name for one search to come (a program and a call site). Source: TeleRAG, section 3; predicting again: measured.
+    """
+
+    def predict(self, key: Hashable, text: str, window_s: float) -> None:
+        """Announces a search for something like `text` in about `window_s` seconds; takes the place of the last."""
+        ...
+
+    def follow(self, key: Hashable, text_so_far: str) -> None:
+        """Says what has been written since: all of it each time, as often as the caller likes.
+
+        The cache decides when enough is new to predict again. A key that was not announced is ignored.
+        """
+        ...
+
+    def release(self, key: Hashable) -> None:
+        """Takes back what was announced under the key; transfers that nobody else needs end."""
+        ...
+
+
+@runtime_checkable
 class Reranker(Protocol):
     name: str
     max_batch: int
