@@ -7,10 +7,10 @@ operation that are known at compile time are attributes; those that are not are 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .core import Attr, Op, Region
-from .types import ANY, BOOL, DOCS, INT, TEXT, VECTOR, Type
+from .types import AHEAD, ANY, BOOL, DOCS, INT, KV, SCAN, TEXT, VECTOR, Type
 
 Rates = Mapping[str, float]
 """Seconds (or seconds per unit) by name; `DEFAULT_RATES` until `flowc calibrate` has measured the machine."""
@@ -82,6 +82,7 @@ class OpSpec:
     lane: str = "python"
     batch_key: tuple[str, ...] | None = None  # attributes that ops of one batch share; None: never batched
     is_elastic: bool = False
+    is_advice: bool = False  # changes when things happen and never what; runs for its timing, fails silently
     has_resource: bool = False  # printed as `name @resource (...)`, kept in the attribute `resource`
     cost_s: Callable[[Op, Rates], float] = lambda op, rates: rates["py_s"]
 
@@ -113,7 +114,7 @@ _SAMPLING = {
     "seed": AttrSpec(_INT, "makes sampling repeatable"),
 }
 
-OPS: dict[str, OpSpec] = {
+_PROGRAM: dict[str, OpSpec] = {
     spec.name: spec
     for spec in (
         # -- plain values
@@ -364,6 +365,159 @@ OPS: dict[str, OpSpec] = {
     )
 }
 
+_SITE = {"site": AttrSpec(_INT, "number of the place in the workflow that it is about", required=True)}
+_STARTED = ("embed", "search", "rerank", "generate", "choose", "parse")
+
+
+def _advice(name: str, doc: str, lane: str, attrs: Mapping[str, AttrSpec], operands: tuple[Type, ...] | None) -> OpSpec:
+    """Work that only moves data: no result, no effect, no error."""
+    attrs = {**_RESOURCE, **_SITE, **attrs}
+    return OpSpec(name, doc, operands, results=(), attrs=attrs, lane=lane, is_advice=True, has_resource=True)
+
+
+_search = _PROGRAM["search"]
+_STAGES: dict[str, OpSpec] = {
+    spec.name: spec
+    for spec in (
+        # -- a search in pieces: `search` is `ivf.finish(ivf.scan(ivf.begin(query)))`
+        replace(_search, name="ivf.begin", doc="A planned search: which clusters, in which order.", results=(SCAN,)),
+        OpSpec(
+            "ivf.scan",
+            "Scans the clusters of a planned search, a bounded step at a time, together with other searches.",
+            (SCAN,),
+            results=(SCAN,),
+            attrs={**_RESOURCE, **_EFFECT, "timeout": _TIMEOUT},
+            effect=RAISES,
+            lane="search",
+            batch_key=("resource",),
+            is_elastic=True,
+            has_resource=True,
+            cost_s=_search.cost_s,
+        ),
+        OpSpec(
+            "ivf.partial",
+            "What a search under way has found once that is as likely to be its final result as `confidence` says; its "
+            "result if that is never so. The operand is what `ivf.begin` gave. A guess: may differ from run to run.",
+            (SCAN,),
+            results=(DOCS,),
+            attrs={**_RESOURCE, "confidence": AttrSpec(_NUM, "least probability, 0 to 1", required=True)},
+            effect=Effect(is_sampled=True),
+            lane="search",
+            has_resource=True,
+            cost_s=_search.cost_s,
+        ),
+        OpSpec(
+            "ivf.finish",
+            "The passages that a search has found, best first.",
+            (SCAN,),
+            results=(DOCS,),
+            attrs={**_RESOURCE, **_EFFECT, "timeout": _TIMEOUT},
+            effect=RAISES,
+            lane="search",
+            batch_key=("resource",),
+            has_resource=True,
+        ),
+        # -- a generation in pieces: what is known of its prompt early is computed early
+        OpSpec(
+            "llm.prefill",
+            "Computes the KV cache of a prompt's beginning ahead of the operation that takes it as its operand `kv`.",
+            (TEXT,),
+            results=(KV,),
+            attrs={**_RESOURCE},
+            lane="llm",
+            is_advice=True,
+            has_resource=True,
+            cost_s=_prefill_s,
+        ),
+        OpSpec(
+            "llm.extend",
+            "The same for a longer beginning (the second operand, whole), once more of it is known.",
+            (KV, TEXT),
+            results=(KV,),
+            attrs={**_RESOURCE},
+            lane="llm",
+            is_advice=True,
+            has_resource=True,
+            cost_s=_prefill_s,
+        ),
+        OpSpec(
+            "llm.each",
+            "A generation whose text is split while it is written: the body runs for each item once it is closed, all "
+            "at once. Results: the text, the list of items, then the lists that the body yields, joined in item order.",
+            (TEXT,),
+            optional=_PROGRAM["generate"].optional,
+            results=None,
+            attrs={
+                **_PROGRAM["generate"].attrs,
+                "split": AttrSpec(_STR, "`lines` for `str.splitlines`, or the separator of `str.split`", required=True),
+                "collects": AttrSpec(_INT, "how many lists are joined"),
+            },
+            regions=("body",),
+            effect=RAISES,
+            lane="llm",
+            batch_key=("resource",),
+            is_elastic=True,
+            has_resource=True,
+            cost_s=_generate_s,
+        ),
+        # -- the same operation, begun before it is certain that it is needed, or with these operands
+        *(
+            replace(
+                base,
+                name=f"ahead.{base.name}",
+                doc=f"Begins a `{base.name}` that may turn out not to be needed. One with this as its operand `ahead` "
+                "takes its answer if that was asked with equal operands and options, and asks anew if not or if it "
+                "failed.",
+                results=(AHEAD,),
+                effect=PURE,
+            )
+            for base in map(_PROGRAM.__getitem__, _STARTED)
+        ),
+        # -- advice
+        _advice(
+            "kv.hint",
+            "Announces that a prompt which begins with `prefix` and then the operands comes in `steps` generations.",
+            "llm",
+            {
+                "prefix": AttrSpec(_STR, "the constant beginning"),
+                "steps": AttrSpec(_NUM, "generations of this program until then", required=True),
+            },
+            None,
+        ),
+        _advice("kv.release", "Takes back what `kv.hint` announced for the site.", "llm", {}, None),
+        _advice(
+            "kv.pin",
+            "Keeps the KV cache of the operands' texts, one after the other, for `ttl` seconds.",
+            "llm",
+            {"ttl": AttrSpec(_NUM, "seconds", required=True)},
+            None,
+        ),
+        _advice(
+            "cluster.prefetch",
+            "Moves to the device the clusters that a search for a text like this will probe in `window` seconds.",
+            "search",
+            {"window": AttrSpec(_NUM, "seconds until the search", required=True)},
+            (TEXT,),
+        ),
+    )
+}
+
+
+def _with_stages(spec: OpSpec) -> OpSpec:
+    """A program-level row with what the passes may hand to it."""
+    if spec.name not in _STARTED:
+        return spec
+    optional = {**spec.optional, "ahead": AHEAD}
+    if spec.lane == "llm":
+        optional["kv"] = KV
+    if spec.lane == "search":
+        optional["near"] = DOCS
+    return replace(spec, optional=optional)
+
+
+OPS: dict[str, OpSpec] = {spec.name: _with_stages(spec) for spec in (*_PROGRAM.values(), *_STAGES.values())}
+"""The table: the program level, then the stage level that programs are split into."""
+
 CONTROL = frozenset({"if", "while", "foreach", "try"})
 
 
@@ -386,10 +540,10 @@ def effect_of(op: Op) -> Effect:
                 effect.is_sampled,
             )
     match op.name:
-        case "generate" | "parse":
+        case "generate" | "parse" | "llm.each" | "ahead.generate" | "ahead.parse":
             if "temperature" in _texts(attrs.get("kw")) or attrs.get("temperature", 0):
                 effect |= Effect(is_sampled=True)
-        case "search":
+        case "search" | "ivf.begin" | "ivf.scan" | "ivf.partial" | "ivf.finish" | "ahead.search":
             effect |= Effect(reads=frozenset({f"index:{op.attr('resource')}"}))
         case "cell" | "store":
             effect |= Effect(writes=frozenset({f"cell:{(op.operands if op.name == 'store' else op.results)[0].name}"}))
@@ -448,6 +602,11 @@ COMMON_ATTRS: dict[str, AttrSpec] = {
 """What the frontend writes on any op."""
 
 SCHEDULE_ATTRS: dict[str, AttrSpec] = {
+    "site": AttrSpec(_INT, "number of this place in the workflow, for advice about it"),
+    "lookahead": AttrSpec(_NAMES, "`resource#site` of each `cluster.prefetch` to predict again while this is written"),
+    "prefix": AttrSpec(_INT, "number of the constant prefix that its prompt begins with"),
+    "drops": AttrSpec(_BOOL, "nobody continues its prompt: the KV cache behind the constant prefix is dropped at once"),
+    "place": AttrSpec(_STR, "where it runs: `cpu`, `gpu` or `hybrid`"),
     "wave": AttrSpec(
         _INT, "level of the op among its region's lane operations: equal levels of many programs run as one batch"
     ),

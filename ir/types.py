@@ -25,10 +25,11 @@ class Type:
 
 TEXT, INT, FLOAT, BOOL, NONE, BYTES = (Type(n) for n in ("text", "int", "float", "bool", "none", "bytes"))
 DOC, DOCS, VECTOR, RANGE, ANY = (Type(n) for n in ("doc", "docs", "vector", "range", "any"))
+SCAN, KV, AHEAD = (Type(n) for n in ("scan", "kv", "ahead"))  # stage level: work under way
 NEVER = Type("never")  # of a value that is never read: the variable is unbound on this path
 
 SCALARS = frozenset({TEXT, INT, FLOAT, BOOL, NONE, BYTES})
-ATOMS = {t.name: t for t in (*SCALARS, DOC, DOCS, VECTOR, RANGE, ANY, NEVER)}
+ATOMS = {t.name: t for t in (*SCALARS, DOC, DOCS, VECTOR, RANGE, ANY, SCAN, KV, AHEAD, NEVER)}
 ARITY = {"list": 1, "sequence": 1, "tuple": None}  # None: any number
 
 _PYTHON: dict[type, Type] = {

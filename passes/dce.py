@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from flowc.ir.core import Graph, Op, Region, Value, walk
+from flowc.ir.ops import OPS
 
 from .core import Outcome, Pass, Remark, Verdict, describe, plural
 from .cost import CostModel
@@ -172,7 +173,7 @@ class _Liveness:
             own = self._facts.own_effect(op)
             if op.name == "store":
                 self._stores.setdefault(op.operands[0].name, []).append(op)
-            elif op.name != "cell" and (own.writes or own.may_raise):  # a cell is live if it is loaded
+            elif (OPS[op.name].is_advice and not op.results) or (op.name != "cell" and (own.writes or own.may_raise)):
                 roots.append(op)
             for inner in op.regions:
                 first = 1 if op.name == "foreach" else 0

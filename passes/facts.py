@@ -113,11 +113,12 @@ class Facts:
         """Does running it twice, nothing of this workflow's having changed in between, give equal results?
 
         What it reads must be state that only this workflow changes while it runs: an index opened for reading, or a
-        variable.
+        variable. Advice is given for when it is given.
         """
         effect = self.effect(op)
         return (
-            not effect.writes
+            not OPS[op.name].is_advice
+            and not effect.writes
             and not effect.is_sampled
             and all(state.startswith(("index:", "cell:")) for state in effect.reads)
         )
