@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,10 @@ for _name, _value in {
     "TRITON_INTERPRET": "1",  # kernels run on the CPU; benchmarks/gpu.py runs their tests with 0, on a device
 }.items():
     os.environ.setdefault(_name, _value)
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["tests.flowfile", "pytester"]  # cases of passes in .flow files; `pytester` runs pytest on itself
 
