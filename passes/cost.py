@@ -1,16 +1,20 @@
 """The cost model: what operations are predicted to take, in seconds.
 
-Passes ask it and hold no constants of their own. The rates are `flowc.ir.ops.DEFAULT_RATES` until `flowc calibrate` has
-measured the machine; then the measured ones replace them by name.
+Passes ask it and hold no constants of their own. Three sources, later over earlier: `flowc.ir.ops.DEFAULT_RATES`
+and what stands here; what `flowc calibrate` has measured on this machine, for all resources and for each by name; what
+earlier runs of the same workflow have measured at the very place (`sites`).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
 
 from flowc.ir.core import Op
+from flowc.ir.errors import ConfigError
 from flowc.ir.ops import DEFAULT_RATES, OPS, Rates
 
 PASS_RATES: Final[Rates] = {
@@ -21,19 +25,28 @@ PASS_RATES: Final[Rates] = {
     "foreach_items": 4.0,
     "branch": 0.5,  # how likely the first region of an `if` is
 }
+FORMAT: Final = 1  # of calibration files
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Seconds by operation. `rates` overrides the defaults by name."""
+    """Seconds by operation. `rates` overrides the defaults by name.
+
+    `resources` holds rates of one resource, by `lane.name` (`llm.default`, `search.pydocs`); `sites` the measured mean
+    seconds of an operation by `site_of(op)`.
+    """
 
     rates: Mapping[str, float] = field(default_factory=dict)
+    resources: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    sites: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        unknown = self.rates.keys() - PASS_RATES.keys()
-        if unknown:
-            raise ValueError(f"unknown rates {sorted(unknown)}; there are {sorted(PASS_RATES)}")
+        for rates in (self.rates, *self.resources.values()):
+            unknown = rates.keys() - PASS_RATES.keys()
+            if unknown:
+                raise ValueError(f"unknown rates {sorted(unknown)}; there are {sorted(PASS_RATES)}")
         object.__setattr__(self, "rates", {**PASS_RATES, **self.rates})
+        object.__setattr__(self, "resources", {name: {**self.rates, **own} for name, own in self.resources.items()})
 
     def __getitem__(self, rate: str) -> float:
         return self.rates[rate]
@@ -42,8 +55,55 @@ class CostModel:
     def turn_s(self) -> float:
         return self.rates["turn_s"]
 
+    def of(self, op: Op) -> Rates:
+        """The rates of the op's resource."""
+        resource = op.attrs.get("resource")
+        if resource is None or not self.resources:
+            return self.rates
+        return self.resources.get(f"{OPS[op.name].lane}.{resource}", self.rates)
+
     def own_s(self, op: Op) -> float:
         """What the op takes itself; its regions, the workflow that it calls and its turn are not counted."""
-        if op.regions or op.name in ("const", "undef"):
+        if (op.regions and not OPS[op.name].has_resource) or op.name in ("const", "undef"):
             return 0.0
-        return OPS[op.name].cost_s(op, self.rates)
+        if self.sites:
+            measured = self.sites.get(site_of(op))
+            if measured is not None:
+                return measured
+        return OPS[op.name].cost_s(op, self.of(op))
+
+    def with_sites(self, sites: Mapping[str, float]) -> CostModel:
+        """The same model with what runs have measured since."""
+        return replace(self, sites={**self.sites, **sites})
+
+
+def site_of(op: Op) -> str:
+    """The op's place in the user's source, as text that stays the same from one compilation to the next."""
+    return ":".join(map(str, (op.name, op.attr("resource", op.attr("tool", "")), op.loc)))
+
+
+def read_calibration(path: Path) -> CostModel:
+    """The cost model that `flowc calibrate` wrote. ConfigError F050 where the file is no such thing."""
+    try:
+        data: Any = json.loads(path.read_bytes())
+        if data["format"] != FORMAT:
+            raise ValueError(f"its format is {data['format']}, not {FORMAT}")
+        return CostModel(data["rates"], data["resources"])
+    except OSError as error:
+        raise ConfigError(f"the calibration {path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is no calibration: {error}", hint="`flowc calibrate` writes it anew; or delete it"
+        ) from None
+
+
+def write_calibration(path: Path, costs: CostModel, about: Mapping[str, Any]) -> None:
+    """Writes what was measured; `about` (machine, versions, date) stands beside it for people."""
+    general = {name: rate for name, rate in costs.rates.items() if rate != PASS_RATES[name]}
+    own = {
+        name: {key: rate for key, rate in rates.items() if rate != costs.rates[key]}
+        for name, rates in costs.resources.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format": FORMAT, "about": dict(about), "rates": general, "resources": own}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
