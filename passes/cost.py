@@ -79,7 +79,8 @@ class CostModel:
 
 def site_of(op: Op) -> str:
     """The op's place in the user's source, as text that stays the same from one compilation to the next."""
-    return ":".join(map(str, (op.name, op.attr("resource", op.attr("tool", "")), op.loc)))
+    target = str(op.attr("resource", op.attr("tool", "")))
+    return f"{op.name}:{target}:{op.loc}"
 
 
 def read_calibration(path: Path) -> CostModel:
