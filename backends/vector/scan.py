@@ -38,7 +38,7 @@ import numpy.typing as npt
 from flowc.ir.errors import ResourceError
 from flowc.runtime.protocols import Budget, ScanBudget, SearchRequest
 
-__all__ = ["SHARED_ENOUGH", "ListSearch", "Lists", "load_faiss"]
+__all__ = ["SHARED_ENOUGH", "ListSearch", "Lists", "Selection", "load_faiss"]
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -75,6 +75,31 @@ def load_faiss() -> Any:
     return faiss
 
 
+class Selection:
+    """Which vectors a search may find: bit `id % 8` of byte `id // 8` of `bits`. Immutable, shared by many searches.
+
+    `sizes` is how many there are in each list, `count` in all. The scanner skips the others before it computes anything
+    and gives the same bits for these, so a filter or a deletion moves no score.
+    """
+
+    __slots__ = ("_params", "_selector", "bits", "count", "sizes")
+
+    def __init__(self, bits: npt.NDArray[np.uint8], sizes: I64) -> None:
+        faiss = load_faiss()
+        self.bits = np.ascontiguousarray(bits)
+        self.sizes = sizes
+        self.count = int(sizes.sum())
+        self._selector = faiss.IDSelectorBitmap(len(self.bits), faiss.swig_ptr(self.bits))
+        self._params: dict[int, Any] = {}
+
+    def params(self, nprobe: int) -> Any:
+        """FAISS's parameters of a call with so many lists a row."""
+        found = self._params.get(nprobe)
+        if found is None:
+            found = self._params[nprobe] = load_faiss().SearchParametersIVF(nprobe=nprobe, sel=self._selector)
+        return found
+
+
 # ------------------------------------------------------------------------------------------------ the state of a search
 @dataclass(frozen=True, slots=True, eq=False)
 class _Block:
@@ -109,6 +134,7 @@ class ListSearch:
     block: _Block | None = None
     row: int = 0
     gap: float | None = None  # stop where the next list's centroid lies this far below the k-th best
+    only: Selection | None = None  # None: every vector
     scanned: npt.NDArray[np.bool_] = field(init=False)
     rank: int = field(default=0, init=False)  # the nearest list that was not scanned
     stopped: str = field(default="", init=False)  # the rule that ended the search early: "lists", "seconds", "gap"
@@ -235,24 +261,43 @@ class Lists:
     """The inverted lists of an index, read only. Safe to use from several threads.
 
     Takes the index over: sets its parallel mode, so that plain searches of the same object are wrong from then on.
-    Never add to `index`: FAISS aborts the process when a mapped index grows.
+    Never add to `index`: FAISS aborts the process when a mapped index grows. What is added lies in further lists:
+    with `base`, list number n + p * nlist is the p-th part of cluster n, and part 0 is list n of `base`; `sizes` says
+    what each holds. `alive` are the vectors that were not deleted, None if none was.
+
+    Higher scores are better: of an index with L2 distances they are the squared distances' negatives.
     """
 
-    def __init__(self, index: Any) -> None:
+    def __init__(
+        self, index: Any, *, base: Lists | None = None, sizes: I64 | None = None, alive: Selection | None = None
+    ) -> None:
         faiss = self._faiss = load_faiss()
         assert not getattr(index, "by_residual", False), "scores of residuals would need the centroids' scores"
         self._index = index
         index.parallel_mode = _NO_HEAP_INIT
         self.dim: int = index.d
-        self.count: int = index.ntotal
-        self.nlist: int = index.nlist
-        self._centroids = np.ascontiguousarray(index.quantizer.reconstruct_n(0, index.nlist))
-        lists = index.invlists
-        self.sizes: I64 = np.array([lists.list_size(n) for n in range(index.nlist)], dtype=np.int64)
-        self._tiles: F32 | None = None
+        self.nlist: int = index.nlist if base is None else base.nlist
+        if sizes is None:
+            lists = index.invlists
+            sizes = np.array([lists.list_size(n) for n in range(index.nlist)], dtype=np.int64)
+        self.sizes: I64 = sizes
+        self.parts = len(sizes) // self.nlist
+        self.alive = alive
+        self.count: int = int(sizes.sum()) if alive is None else alive.count
+        self._held = self._by_cluster(sizes if alive is None else alive.sizes)
+        self._is_l2 = index.metric_type == faiss.METRIC_L2
+        if base is None:
+            self._centroids = np.ascontiguousarray(index.quantizer.reconstruct_n(0, self.nlist))
+            if self._is_l2:  # the nearest centroid c of q has the largest q.c - |c|^2 / 2, which is one inner product
+                half = np.einsum("ij,ij->i", self._centroids, self._centroids) / -2
+                self._centroids = np.ascontiguousarray(np.column_stack([self._centroids, half]))
+        else:
+            self._centroids = base._centroids
+        self._tiles: F32 | None = None if base is None else base._tiles
         # How far below the bar a list may score by another order of summation and still be among the nearest: two sums
         # differ by at most d * 2^-23 * |query| * |centroid|, and both the list's and the bar's may.
-        self._reach = float(np.linalg.norm(self._centroids, axis=1).max()) * self.dim * 2.0**-20
+        width = self._centroids.shape[1]
+        self._reach = float(np.linalg.norm(self._centroids, axis=1).max()) * width * 2.0**-20
         self._params: dict[int, Any] = {}
         self._zeros = np.zeros(1 << 12, dtype=np.float32)
         self._ptr = faiss.swig_ptr
@@ -263,12 +308,25 @@ class Lists:
         """List numbers, nearest first: `nprobe` of them, or as many more as it takes to hold `enough` vectors."""
         return self._nearest(query, nprobe, enough)[0]
 
-    def _nearest(self, query: F32, nprobe: int, enough: int) -> tuple[I64, F32]:
+    def _by_cluster(self, sizes: I64) -> I64:
+        return sizes if len(sizes) == self.nlist else sizes.reshape(-1, self.nlist).sum(axis=0)
+
+    def _as_probe(self, queries: F32) -> F32:
+        """Queries as centroids are compared with them."""
+        if not self._is_l2:
+            return queries
+        ones = np.ones((*queries.shape[:-1], 1), dtype=np.float32)
+        return np.ascontiguousarray(np.concatenate([queries, ones], axis=-1))
+
+    def _nearest(self, query: F32, nprobe: int, enough: int, held_in: I64 | None = None) -> tuple[I64, F32]:
         if self.nlist == 1:
             return np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.float32)
+        if held_in is None:
+            held_in = self._held
+        query = self._as_probe(query)
         scores = np.empty(self.nlist, dtype=np.float32)
         self._faiss.fvec_inner_products_ny(
-            self._ptr(scores), self._ptr(query), self._ptr(self._centroids), self.dim, self.nlist
+            self._ptr(scores), self._ptr(query), self._ptr(self._centroids), len(query), self.nlist
         )
         if nprobe < self.nlist:
             bar = _bars(scores[None, :], nprobe)[0] - self._reach * math.sqrt(float(query @ query))
@@ -276,11 +334,11 @@ class Lists:
             scores = self._canonical(query[None], near[None])[0]
             order = np.argsort(-scores, kind="stable")[:nprobe]
             near = near[order]
-            if len(near) == nprobe and int(self.sizes[near].sum()) >= enough:
+            if len(near) == nprobe and int(held_in[near].sum()) >= enough:
                 return near, scores[order]
         scores = self._canonical(query[None], np.arange(self.nlist)[None])[0]
         order = np.argsort(-scores, kind="stable")
-        held = np.cumsum(self.sizes[order])
+        held = np.cumsum(held_in[order])
         order = order[: max(nprobe, int(np.searchsorted(held, enough)) + 1)]
         return order, scores[order]
 
@@ -294,18 +352,20 @@ class Lists:
         self._faiss.omp_set_num_threads(1)
         ptr = self._ptr
         self._faiss.fvec_inner_products_by_idx(
-            ptr(scores), ptr(queries), ptr(self._centroids), ptr(lists), self.dim, len(lists), lists.shape[1]
+            ptr(scores), ptr(queries), ptr(self._centroids), ptr(lists), queries.shape[1], len(lists), lists.shape[1]
         )
         return scores
 
     def _nearest_of_many(self, queries: F32, nprobe: int) -> list[tuple[I64, F32]]:
         """What `_nearest` gives each query where `nprobe` lists hold enough; matrix products find the candidates."""
         count = len(queries)
+        queries = self._as_probe(queries)
         if self._tiles is None:
-            width = max(1, _TILE_PRODUCTS // (_BLOCK * self.dim))
-            padded = np.zeros((-(-self.nlist // width) * width, self.dim), dtype=np.float32)
+            dim = self._centroids.shape[1]
+            width = max(1, _TILE_PRODUCTS // (_BLOCK * dim))
+            padded = np.zeros((-(-self.nlist // width) * width, dim), dtype=np.float32)
             padded[: self.nlist] = self._centroids
-            self._tiles = np.ascontiguousarray(padded.reshape(-1, width, self.dim).transpose(0, 2, 1))
+            self._tiles = np.ascontiguousarray(padded.reshape(-1, width, dim).transpose(0, 2, 1))
         products = np.matmul(queries[None], self._tiles).transpose(1, 0, 2).reshape(count, -1)[:, : self.nlist]
         bars = _bars(products, nprobe) - self._reach * np.linalg.norm(queries, axis=1)
         rows, columns = np.nonzero(products >= bars[:, None])
@@ -326,10 +386,16 @@ class Lists:
         request: SearchRequest | None = None,
         budget: Budget | None = None,
         gap: float | None = None,
+        only: Selection | None = None,
     ) -> ListSearch:
-        """A search of `query` (shape (dim,), contiguous) that has ranked its lists and scanned none."""
-        k = min(k, self.count)
-        return self._begun(query, k, *self._nearest(query, nprobe, k), request, budget, gap)
+        """A search of `query` (shape (dim,), contiguous) that has ranked its lists and scanned none.
+
+        `only`: the vectors that it may find (a selection holds no deleted ones).
+        """
+        only = only or self.alive
+        k = _most(k, self.count if only is None else only.count)
+        held = None if only is None else self._by_cluster(only.sizes)
+        return self._begun(query, k, *self._nearest(query, nprobe, k, held), request, budget, gap, only=only)
 
     def begin_many(
         self,
@@ -339,11 +405,14 @@ class Lists:
         requests: Sequence[SearchRequest] | None = None,
         budgets: Sequence[Budget | None] | None = None,
         gaps: Sequence[float | None] | None = None,
+        only: Sequence[Selection | None] | None = None,
     ) -> list[ListSearch]:
         """`begin` for each row of `queries` (shape (n, dim), contiguous), in a fraction of the time."""
         out: list[ListSearch] = []
-        keep = min(k[0], self.count) + _SPARE if len(set(k)) == 1 else 0
-        home = _Block(queries, *_empty(len(queries), min(keep, self.count))) if keep and len(queries) > 1 else None
+        chosen = [self.alive] * len(queries) if only is None else [one or self.alive for one in only]
+        home = None
+        if len(queries) > 1 and len(set(k)) == len(set(map(id, chosen))) == 1:
+            home = _Block(queries, *_empty(len(queries), self._heap(k[0], chosen[0])))
         for start in range(0, len(queries), _BLOCK):
             block = queries[start : start + _BLOCK]
             most = max(nprobe[start : start + _BLOCK])
@@ -351,18 +420,27 @@ class Lists:
             if len(block) >= _TOGETHER and most < self.nlist:
                 ranked = self._nearest_of_many(block, most)
             for at, query in enumerate(block, start=start):
-                want, probes = min(k[at], self.count), nprobe[at]
+                among = chosen[at]
+                want, probes = _most(k[at], self.count if among is None else among.count), nprobe[at]
+                held = self._held if among is None else self._by_cluster(among.sizes)
                 lists, near = (_NONE, _NO_SCORES) if ranked is None else ranked[at - start]
                 lists, near = lists[:probes], near[:probes]
-                if len(lists) < probes or lists[-1] < 0 or int(self.sizes[lists].sum()) < want:
-                    lists, near = self._nearest(query, probes, want)
+                if len(lists) < probes or lists[-1] < 0 or int(held[lists].sum()) < want:
+                    lists, near = self._nearest(query, probes, want, held)
                 request = None if requests is None else requests[at]
                 budget = None if budgets is None else budgets[at]
                 gap = None if gaps is None else gaps[at]
                 out.append(
-                    self._begun(query, want, lists, near, request, budget, gap, home, at if home is not None else 0)
+                    self._begun(
+                        query, want, lists, near, request, budget, gap, home, at if home is not None else 0, among
+                    )
                 )
         return out
+
+    def _heap(self, k: int, only: Selection | None) -> int:
+        """Places in the heap of a search for the best k."""
+        count = self.count if only is None else only.count
+        return min(_most(k, count) + _SPARE, max(1, count))
 
     def _begun(
         self,
@@ -375,10 +453,18 @@ class Lists:
         gap: float | None,
         block: _Block | None = None,
         row: int = 0,
+        only: Selection | None = None,
     ) -> ListSearch:
+        if self.parts > 1 or only is not None:
+            # Every part of a cluster stands where the cluster does; what holds nothing that is wanted is left out.
+            lists = (lists[:, None] + self.nlist * np.arange(self.parts)).ravel()
+            near = np.repeat(near, self.parts)
+            wanted = (self.sizes if only is None else only.sizes)[lists] > 0
+            wanted[0] |= not wanted.any()  # a search has at least one unit
+            lists, near = lists[wanted], near[wanted]
         codes = self.sizes[lists]
         if block is None:
-            block = _Block(query[None], *_empty(1, min(k + _SPARE, self.count)))
+            block = _Block(query[None], *_empty(1, self._heap(k, only)))
         return ListSearch(
             self,
             query,
@@ -394,6 +480,7 @@ class Lists:
             block,
             row,
             gap,
+            only,
         )
 
     # -------------------------------------------------------------------------------------------- run
@@ -413,7 +500,7 @@ class Lists:
         if budget is None and len(searches) == 1 and searches[0]._is_plain:
             search = searches[0]  # the common case of one question, without the bookkeeping of many
             self._faiss.omp_set_num_threads(1)
-            self._call(search.query, search.lists[None], search.scores, search.ids)
+            self._call(search.query, search.lists[None], search.scores, search.ids, search.only)
             search._took(range(len(search.lists)))
             return
         units = codes = None
@@ -474,10 +561,10 @@ class Lists:
     def _step(self, work: list[tuple[ListSearch, Ranks]]) -> None:
         """Scans these ranks, which were not scanned before."""
         self._faiss.omp_set_num_threads(1)  # counted per calling thread, and this may be any worker
-        # Heaps of one call have one size; up to twice their own is padding, beyond is another call.
-        sizes: defaultdict[int, list[tuple[ListSearch, Ranks]]] = defaultdict(list)
+        # Heaps of one call have one size; up to twice their own is padding, beyond is another call. And one selection.
+        sizes: defaultdict[tuple[int, int], list[tuple[ListSearch, Ranks]]] = defaultdict(list)
         for item in work:
-            sizes[len(item[0].scores).bit_length()].append(item)
+            sizes[len(item[0].scores).bit_length(), id(item[0].only)].append(item)
         for alike in sizes.values():
             self._run(alike)
             for search, ranks in alike:
@@ -486,19 +573,20 @@ class Lists:
     def _run(self, work: list[tuple[ListSearch, Ranks]]) -> None:
         if len(work) == 1:
             search, ranks = work[0]
-            self._call(search.query, _of(search.lists, ranks)[None, :], search.scores, search.ids)
+            self._call(search.query, _of(search.lists, ranks)[None, :], search.scores, search.ids, search.only)
             return
+        only = work[0][0].only
         rows = [_of(search.lists, ranks) for search, ranks in work]
         wanted = np.concatenate(rows)
         codes = int(self.sizes[wanted].sum())
-        share = len(wanted) / np.count_nonzero(np.bincount(wanted, minlength=self.nlist))
+        share = len(wanted) / np.count_nonzero(np.bincount(wanted, minlength=len(self.sizes)))
         block = work[0][0].block
         if (
             block is not None
             and len(block.queries) == len(work)
             and all(search.block is block and search.row == row for row, (search, _) in enumerate(work))
         ):
-            self._wave(rows, block.queries, block.scores, block.ids, share, codes)  # these are the searches' own heaps
+            self._wave(rows, block.queries, block.scores, block.ids, only, share, codes)  # the searches' own heaps
             return
         keep = max(len(search.scores) for search, _ in work)
         # One heap a row. Places beyond a search's own heap hold +inf: they are never the worst, so nothing goes there.
@@ -508,36 +596,40 @@ class Lists:
             size = len(search.scores)
             scores[row, :size] = search.scores
             ids[row, :size] = search.ids
-        self._wave(rows, np.stack([search.query for search, _ in work]), scores, ids, share, codes)
+        self._wave(rows, np.stack([search.query for search, _ in work]), scores, ids, only, share, codes)
         for row, (search, _) in enumerate(work):
             size = len(search.scores)
             search.scores[:] = scores[row, :size]
             search.ids[:] = ids[row, :size]
 
-    def _wave(self, rows: list[I64], queries: F32, scores: F32, ids: I64, share: float, codes: int) -> None:
+    def _wave(
+        self, rows: list[I64], queries: F32, scores: F32, ids: I64, only: Selection | None, share: float, codes: int
+    ) -> None:
         """Scans the lists in `rows` for the queries, in the form that is cheaper, into their heaps."""
         keep = scores.shape[1]
         by_list = self._forms.by_list(share, keep, codes)
         began = self._forms.now()
         if by_list:
-            self._by_list(rows, queries, scores, ids)
+            self._by_list(rows, queries, scores, ids, only)
         else:
-            self._by_query(rows, queries, scores, ids)
+            self._by_query(rows, queries, scores, ids, only)
         self._forms.learn(share, keep, codes, by_list, self._forms.now() - began)
 
-    def _by_query(self, rows: Sequence[I64], queries: F32, scores: F32, ids: I64) -> None:
+    def _by_query(
+        self, rows: Sequence[I64], queries: F32, scores: F32, ids: I64, only: Selection | None = None
+    ) -> None:
         """Every query through its own lists, one after another, in one call."""
         width = max(len(row) for row in rows)
         lists = np.full((len(rows), width), -1, dtype=np.int64)  # -1: FAISS skips it
         for at, row in enumerate(rows):
             lists[at, : len(row)] = row
-        self._call(queries, lists, scores, ids)
+        self._call(queries, lists, scores, ids, only)
 
-    def _by_list(self, rows: list[I64], queries: F32, scores: F32, ids: I64) -> None:
+    def _by_list(self, rows: list[I64], queries: F32, scores: F32, ids: I64, only: Selection | None = None) -> None:
         """Every list through the queries that want it, in calls of bounded size whose rows are (query, list)."""
         # Everyone's nearest list first, on its own: it sets the bar that keeps the other rows short.
         if (scores[:, 0] == -np.inf).any():
-            self._by_query([row[:1] for row in rows], queries, scores, ids)
+            self._by_query([row[:1] for row in rows], queries, scores, ids, only)
             rows = [row[1:] for row in rows]
         lists = np.concatenate(rows)
         owner = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
@@ -555,14 +647,14 @@ class Lists:
             if padded:
                 rows_scores[free[who]] = np.inf
             rows_ids = np.full(rows_scores.shape, -1, dtype=np.int64)
-            self._call(queries[who], lists[start : start + step, None], rows_scores, rows_ids)
+            self._call(queries[who], lists[start : start + step, None], rows_scores, rows_ids, only)
             if padded:
                 rows_scores[free[who]] = -np.inf  # or they would be taken for results
             heap.addn_query_subset_with_ids(
                 len(who), self._ptr(who), keep, self._ptr(rows_scores), self._ptr(rows_ids), keep
             )
 
-    def _call(self, queries: F32, lists: I64, scores: F32, ids: I64) -> None:
+    def _call(self, queries: F32, lists: I64, scores: F32, ids: I64, only: Selection | None = None) -> None:
         """One FAISS call: row i of `lists` (-1 is skipped) for query i, into the heaps in row i of `scores`, `ids`.
 
         Every array has a name while FAISS holds its address, which keeps nothing alive.
@@ -572,10 +664,15 @@ class Lists:
         coarse = self._zeros  # in place of the centroids' scores, which only residuals need
         if len(coarse) < count * width:
             coarse = self._zeros = np.zeros(2 * count * width, dtype=np.float32)
-        params = self._params.get(width)
-        if params is None:
-            params = self._params[width] = self._faiss.SearchParametersIVF(nprobe=width)
+        if only is not None:
+            params = only.params(width)
+        else:
+            params = self._params.get(width)
+            if params is None:
+                params = self._params[width] = self._faiss.SearchParametersIVF(nprobe=width)
         ptr = self._ptr
+        if self._is_l2:  # FAISS keeps distances, in heaps with the largest on top: the same heaps, negated
+            np.negative(scores, out=scores)
         self._index.search_preassigned_c(
             count,
             ptr(queries),
@@ -587,6 +684,8 @@ class Lists:
             False,
             params,
         )
+        if self._is_l2:
+            np.negative(scores, out=scores)
 
     # -------------------------------------------------------------------------------------------- merge
     def merge(self, search: ListSearch, ranks: I64 | Sequence[int], scores: F32, ids: I64) -> None:
@@ -648,7 +747,7 @@ class Lists:
         size = min(len(search.scores), held)
         while True:
             scores, ids = np.full(size, bar, dtype=np.float32), np.full(size, -1, dtype=np.int64)
-            self._call(search.query, lists[None, :], scores, ids)
+            self._call(search.query, lists[None, :], scores, ids, search.only)
             found = ids >= 0
             if size == held or not found.all():  # a free place is left: nothing was dropped
                 return scores[found], ids[found]
@@ -675,6 +774,11 @@ class Lists:
         out = np.empty(self.dim, dtype=np.float32)
         self._index.reconstruct_from_offset(number, offset, self._ptr(out))
         return out
+
+
+def _most(k: int, count: int) -> int:
+    """How many of the best k there can be; 1 where there are none, for a heap has a place."""
+    return max(1, min(k, count))
 
 
 def _empty(count: int, keep: int) -> tuple[F32, I64]:
