@@ -79,7 +79,7 @@ class CostModel:
 
 def site_of(op: Op) -> str:
     """The op's place in the user's source, as text that stays the same from one compilation to the next."""
-    target = str(op.attr("resource", op.attr("tool", "")))
+    target = next((name for a in ("resource", "tool") if isinstance(name := op.attrs.get(a), str)), "")
     return f"{op.name}:{target}:{op.loc}"
 
 
