@@ -79,8 +79,8 @@ class CostModel:
 
 def site_of(op: Op) -> str:
     """The op's place in the user's source, as text that stays the same from one compilation to the next."""
-    target = next((name for a in ("resource", "tool") if isinstance(name := op.attrs.get(a), str)), "")
-    return f"{op.name}:{target}:{op.loc}"
+    target = op.attrs.get("resource") or op.attrs.get("tool")
+    return f"{op.name}:{target if isinstance(target, str) else ''}:{op.loc}"
 
 
 def read_calibration(path: Path) -> CostModel:
