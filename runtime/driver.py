@@ -74,6 +74,7 @@ from .program import TRY as TRY_BODY
 from .pycode import loop_limit, while_handling
 from .reference import backoff_s, no_such_tool, node_timeout, recursion_limit
 from .requests import LANE_OF, label_of, make_request, timeout_of
+from .scheduling import tenant
 from .trace import Trace, current
 from .tracebacks import blame, chain, clean
 
@@ -164,6 +165,7 @@ class Driver:
         root = program.root = Frame(program, function.block, slots, None, 0, ROOT, None, 1, True)
         program.on_done = on_done
         program.on_text = on_text
+        program.tenant = tenant.get() if context is None else context.get(tenant, "")
         program.started_s = self.now()
         if timeout_s is not None:
             program.timeout_s = timeout_s
@@ -207,6 +209,8 @@ class Driver:
             program.timer = None
         self.active.pop(program.id, None)
         self._has_ended = True
+        if self.runtime.table is not None:
+            self.runtime.table.leave(program)
         if program.trace is not None:
             program.trace.program_ended(program, error)
         if program.on_done is not None:
@@ -840,10 +844,12 @@ class Driver:
         if node.dynamic:
             options = {**options, **{name: slots[slot] for name, slot in node.dynamic}}
         kind = node.kind
-        request = make_request(kind, node.operands(slots), options)
-        lane = self.runtime.lane(LANE_OF[kind], node.resource)
-        item = LaneItem(self, frame, index, node, lane, request, lane.key(kind, request))
         program = frame.program
+        table = self.runtime.table
+        ticket = table.turn(program, frame, index, self.now()) if table is not None else None
+        request = make_request(kind, node.operands(slots), options, ticket)
+        lane = self.runtime.lane(LANE_OF[kind], node.resource)
+        item = LaneItem(self, frame, index, node, lane, request, lane.key(kind, request), ticket)
         if node.is_tail and frame.tail and program.on_text is not None:
             item.on_text = program.on_text
         timeout = options.get("timeout")
@@ -985,6 +991,8 @@ class Driver:
             return None
         frame = handle.frame
         if type(handle) is LaneItem:
+            if handle.ticket is not None:
+                handle.ticket.end(self.now())
             if ok:
                 try:
                     value = handle.read(value)

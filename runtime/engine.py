@@ -7,7 +7,7 @@ import functools
 import itertools
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import copy_context
 from queue import SimpleQueue
 from types import TracebackType
@@ -21,6 +21,7 @@ from .plan import Plan
 from .program import LaneItem, Outcome, Program
 from .reference import Resources, find_backend
 from .requests import LANE_OF, make_request, read_answer
+from .scheduling import Policy, ProgramTable, make_policy
 from .trace import Trace
 from .tracebacks import clean
 
@@ -38,12 +39,23 @@ class Runtime:
 
     `resources` is asked for each backend once, when the first operation needs it. `io_threads` bounds how many
     synchronous tools run at once outside the driver's thread; with 0 they never leave it (a simulation wants that:
-    nothing then depends on real time). `trace` records every run that names no trace of its own.
+    nothing then depends on real time). `trace` records every run that names no trace of its own. `policy` says whose
+    requests go first where programs meet, by name (see `flowc.runtime.scheduling`) or as a `Policy`; `shares` are the
+    weights of tenants under "fair", 1 where not named. ConfigError where there is no such policy.
     """
 
     def __init__(
-        self, resources: Resources, *, trace: Trace | None = None, io_threads: int = 64, name: str = "flowc"
+        self,
+        resources: Resources,
+        *,
+        trace: Trace | None = None,
+        io_threads: int = 64,
+        name: str = "flowc",
+        policy: str | Policy = "fcfs",
+        shares: Mapping[str, float] | None = None,
     ) -> None:
+        chosen = make_policy(policy) if isinstance(policy, str) else policy
+        self.table = ProgramTable(chosen, shares) if chosen is not None else None
         self.resources = resources
         self.trace = trace
         self.name = name

@@ -29,7 +29,12 @@ Answer = tuple[LaneItem, bool, Any]
 
 
 def next_wavefront(queue: deque[LaneItem], max_batch: int) -> list[LaneItem]:
-    """Takes the next batch out of a queue that is not empty: the oldest item, and those after it with its batch key."""
+    """Takes the next batch out of a queue that is not empty: one item, and those with its batch key.
+
+    The oldest go first; where they hold tickets, those with the lowest priority, and of equals the oldest.
+    """
+    if queue[0].ticket is not None:
+        return _next_by_priority(queue, max_batch)
     first = queue.popleft()
     batch = [first]
     key = first.key
@@ -42,6 +47,24 @@ def next_wavefront(queue: deque[LaneItem], max_batch: int) -> list[LaneItem]:
             kept.append(item)
     queue.extendleft(reversed(kept))
     return batch
+
+
+def _next_by_priority(queue: deque[LaneItem], max_batch: int) -> list[LaneItem]:
+    first = min(queue, key=_priority)
+    mates = [item for item in queue if item.key == first.key]
+    batch = sorted(mates, key=_priority)[:max_batch]  # equals stay in the order in which they came
+    if len(batch) == len(queue):
+        queue.clear()
+    else:
+        taken = set(map(id, batch))
+        left = [item for item in queue if id(item) not in taken]
+        queue.clear()
+        queue.extend(left)
+    return batch
+
+
+def _priority(item: LaneItem) -> float:
+    return item.ticket.priority if item.ticket is not None else 0.0
 
 
 def _arguments(method: str, batch: list[LaneItem]) -> tuple[Any, ...]:
@@ -197,43 +220,41 @@ class Lane:
 
 
 class LoopLane:
-    """The queue of one event loop in front of an async backend: one call at a time, awaited in the loop."""
+    """The queue of one event loop in front of an async backend: as many calls at a time as it takes, awaited there."""
 
     def __init__(self, lane: Lane, loop: asyncio.AbstractEventLoop, deliver: Callable[[list[Answer]], None]) -> None:
         self.lane = lane
         self.loop = loop
         self.deliver = deliver
         self.queue: deque[LaneItem] = deque()
-        self.task: asyncio.Task[list[Answer]] | None = None
-        self.batch: list[LaneItem] = []
+        self.calls: dict[asyncio.Task[list[Answer]], list[LaneItem]] = {}
 
     def forget(self, item: LaneItem) -> None:
         """Takes a cancelled item out; a call that nobody waits for any more is cancelled itself."""
-        if self.task is not None and item in self.batch:
-            if all(other.dead for other in self.batch):
-                self.task.cancel()
-        elif item in self.queue:
+        for task, batch in self.calls.items():
+            if item in batch:
+                if all(other.dead for other in batch):
+                    task.cancel()
+                return
+        if item in self.queue:
             self.queue.remove(item)
 
     def put(self, items: Iterable[LaneItem]) -> None:
         self.queue.extend(items)
-        if self.task is None:
-            self._next()
+        self._next()
 
     def _next(self) -> None:
-        if self.queue:
+        while self.queue and len(self.calls) < self.lane.max_calls:
             batch = next_wavefront(self.queue, self.lane.max_batch)
-            self.batch = batch
-            self.task = self.loop.create_task(self._serve(batch))
-            self.task.add_done_callback(self._done)
+            task = self.loop.create_task(self._serve(batch))
+            self.calls[task] = batch
+            task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[list[Answer]]) -> None:
-        self.task = None
-        self.batch = []
+        del self.calls[task]
         if not task.cancelled():
             self.deliver(task.result())
-        if self.task is None:
-            self._next()
+        self._next()
 
     async def _serve(self, batch: list[LaneItem]) -> list[Answer]:
         method = self.lane.method(batch)
@@ -253,7 +274,10 @@ class LoopLane:
 
 
 def note_batch(batch: list[LaneItem], lane: str, method: str, start_s: float, end_s: float) -> None:
-    """Tells the traces of a batch's programs about it, each once."""
+    """Tells the program table how long a batch's requests ran, and the traces of their programs about it, each once."""
+    for item in batch:
+        if item.ticket is not None:
+            item.ticket.ran_s = end_s - start_s
     traces = {id(t): t for item in batch if item.record is not None and (t := item.frame.program.trace) is not None}
     for trace in traces.values():
         trace.batch(lane, method, batch, start_s, end_s)

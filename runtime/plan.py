@@ -208,7 +208,7 @@ class Function:
     n_params: int = 0
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Plan:
     """What `Runtime.run` takes. `streams` says whether some generation's text is certain to be the result."""
 

@@ -14,6 +14,7 @@ from .trace import Kind, Record, Trace, traced_code
 if TYPE_CHECKING:
     from .driver import Cancellable, Driver
     from .lanes import Lane
+    from .scheduling import Turn
 
 # What happens when a frame is done.
 ROOT, PLAIN, CONDITION, BODY, ITEM, ITEMS, PARALLEL_ITEM, TRY, HANDLER, CALLEE = range(10)
@@ -129,10 +130,18 @@ class Handle:
 class LaneItem(Handle):
     """A request in a lane."""
 
-    __slots__ = ("key", "lane", "node", "on_text", "request")
+    __slots__ = ("key", "lane", "node", "on_text", "request", "ticket")
 
     def __init__(
-        self, driver: Any, frame: Any, index: int, node: LaneNode | None, lane: Lane, request: Any, key: tuple[Any, ...]
+        self,
+        driver: Any,
+        frame: Any,
+        index: int,
+        node: LaneNode | None,
+        lane: Lane,
+        request: Any,
+        key: tuple[Any, ...],
+        ticket: Turn | None = None,
     ) -> None:
         self.driver = driver
         self.frame = frame
@@ -144,6 +153,7 @@ class LaneItem(Handle):
         self.lane = lane
         self.request = request
         self.key = key
+        self.ticket = ticket  # None: first come, first served
         self.on_text: Callable[[str], None] | None = None
 
     @property
@@ -157,6 +167,8 @@ class LaneItem(Handle):
 
     def cancel(self) -> None:
         super().cancel()
+        if self.ticket is not None:
+            self.ticket.drop(self.driver.now())
         self.driver.forget(self)
 
 
@@ -225,6 +237,7 @@ class Program:
         "plan",
         "root",
         "started_s",
+        "tenant",
         "timeout_s",
         "timer",
         "trace",
@@ -247,3 +260,4 @@ class Program:
         self.on_done: Callable[[Program], None] | None = None
         self.on_text: Callable[[str], None] | None = None
         self.started_s = 0.0
+        self.tenant = ""

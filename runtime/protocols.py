@@ -11,6 +11,9 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+from flowc.ir.options import Bounded as Bounded
+from flowc.ir.options import Budget as Budget
+from flowc.ir.options import Where
 from flowc.ir.values import Docs
 
 if TYPE_CHECKING:
@@ -20,13 +23,18 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A program's turn, shared by all its requests: who waits with the lower `priority` goes first.
+    """A request's turn: who waits with the lower `priority` goes first, of equals the one that came first.
 
-    The program scheduler changes `priority` while requests wait; a lane or engine reads it whenever it chooses.
+    The program scheduler changes `priority` while requests wait and run; a lane or engine reads it whenever it chooses.
+    A request without a ticket is first come, first served. A backend that batches by itself (`max_calls` above 1) says
+    with `charge` how long a request has run: only it can tell that from how long the request waited inside.
     """
 
     program: int
     priority: float = 0.0
+
+    def charge(self, seconds: float) -> None:
+        """Tells the scheduler of seconds in which the backend worked for the request. From any thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,35 +84,18 @@ class ChooseRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Bounded:
-    """Stops a search early where its result would still change for at most a share `eps` of queries.
-
-    That share was measured when the index was built, on queries that the index describes; where it was not measured
-    (an `eps` too small for the sample, a larger k or nprobe), the search runs to its end.
-    """
-
-    eps: float
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Stops a search after so many lists, or so many seconds after it began; one list is scanned in any case."""
-
-    lists: int | None = None
-    seconds: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class SearchRequest:
     """The `k` passages nearest to `query`; `nprobe` None takes the index's own.
 
-    `stop` None is the exact search of the probed lists. `Bounded` and `Budget` may change the result.
+    `stop` None is the exact search of the probed lists. `Bounded` and `Budget` may change the result. `where`, made by
+    `flowc.ir.options.as_where`, are conditions that each passage of the result meets.
     """
 
     query: str
     k: int = 4
     nprobe: int | None = None
     stop: Bounded | Budget | None = None
+    where: Where | None = None
     ticket: Ticket | None = field(default=None, compare=False, repr=False)
 
 

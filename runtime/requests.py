@@ -8,9 +8,10 @@ from typing import Any
 from flowc.ir.core import Op
 from flowc.ir.errors import OperationTypeError, RunError
 from flowc.ir.ops import OPS
+from flowc.ir.options import as_stop, as_where
 from flowc.ir.values import Doc, Docs
 
-from .protocols import ChooseRequest, GenerateRequest, Generation, RerankRequest, SearchRequest
+from .protocols import ChooseRequest, GenerateRequest, Generation, RerankRequest, SearchRequest, Ticket
 
 LANE_OF = {name: spec.lane for name, spec in OPS.items() if spec.has_resource}
 """Kind of operation -> the lane its resource belongs to: llm, search, embed or rerank."""
@@ -18,7 +19,7 @@ LANE_OF = {name: spec.lane for name, spec in OPS.items() if spec.has_resource}
 _GENERATE_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "stop", "seed")
 OPTIONS: dict[str, tuple[str, ...]] = {
     "embed": (),
-    "search": ("k", "nprobe"),
+    "search": ("k", "nprobe", "where", "stop"),
     "rerank": ("k",),
     "generate": _GENERATE_OPTIONS,
     "choose": (),
@@ -66,12 +67,12 @@ def timeout_of(value: Any) -> float | None:
     return None if value is None else _number("`timeout`", value)
 
 
-def _generate(kind: str, operands: Sequence[Any], options: Mapping[str, Any]) -> GenerateRequest:
+def _generate(kind: str, operands: Sequence[Any], options: Mapping[str, Any], ticket: Ticket | None) -> GenerateRequest:
     prompt = operands[0]
     if type(prompt) is not str:
         _text(f"the prompt of `{kind}`", prompt)
     if not options:
-        return GenerateRequest(prompt)
+        return GenerateRequest(prompt, ticket=ticket)
     fields: dict[str, Any] = {}
     for name, value in options.items():
         if value is None:
@@ -95,20 +96,28 @@ def _generate(kind: str, operands: Sequence[Any], options: Mapping[str, Any]) ->
                 fields["timeout_s"] = timeout_of(value)
             case _:
                 raise RunError(f"`{kind}` takes no option `{name}`")
-    return GenerateRequest(prompt, **fields)
+    return GenerateRequest(prompt, ticket=ticket, **fields)
 
 
-def make_request(kind: str, operands: Sequence[Any], options: Mapping[str, Any]) -> Any:
+def make_request(kind: str, operands: Sequence[Any], options: Mapping[str, Any], ticket: Ticket | None = None) -> Any:
     """The backend's request for an operation, of its operands and options; OperationTypeError where a type is wrong."""
     match kind:
         case "generate" | "parse":
-            return _generate(kind, operands, options)
+            return _generate(kind, operands, options, ticket)
         case "search":
             k, nprobe = options.get("k"), options.get("nprobe")
+            query = _text("the query of `search`", operands[0])
+            try:
+                stop, where = as_stop(options.get("stop")), as_where(options.get("where"))
+            except ValueError as error:
+                raise RunError(f"`search` cannot be asked so: {error}") from None
             return SearchRequest(
-                _text("the query of `search`", operands[0]),
+                query,
                 4 if k is None else _count("`k` of `search`", k),
                 None if nprobe is None else _count("`nprobe` of `search`", nprobe),
+                stop,
+                where,
+                ticket,
             )
         case "embed":
             return _text("the text of `embed`", operands[0])
@@ -132,7 +141,7 @@ def make_request(kind: str, operands: Sequence[Any], options: Mapping[str, Any])
                 raise _wrong("the options of `choose`", "a list of str", choices)
             if not choices:
                 raise RunError("`choose` needs at least one option")
-            return ChooseRequest(_text("the prompt of `choose`", prompt), tuple(choices))
+            return ChooseRequest(_text("the prompt of `choose`", prompt), tuple(choices), ticket)
         case _:
             raise AssertionError(f"`{kind}` is no operation on a resource")
 

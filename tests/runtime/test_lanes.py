@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 import time
 from collections import deque
@@ -20,7 +21,7 @@ from flowc.runtime.clock import VirtualLoop
 from flowc.runtime.engine import Runtime
 from flowc.runtime.lanes import next_wavefront
 from flowc.runtime.plan import build_plan
-from flowc.runtime.protocols import GenerateRequest, Generation, SearchRequest
+from flowc.runtime.protocols import GenerateRequest, Generation, SearchRequest, Ticket
 from tests.runtime.worlds import Play, ScriptedIndex, ScriptedLLM, World, pruned, text_graph
 
 
@@ -34,8 +35,22 @@ def search_graph(**attrs: Any) -> Graph:
 
 
 class Item:
-    def __init__(self, key: int) -> None:
+    def __init__(self, key: int, priority: float | None = None) -> None:
         self.key = key
+        self.ticket = Ticket(0, priority) if priority is not None else None
+
+
+def test_a_wavefront_of_tickets_goes_by_priority() -> None:
+    """Against the plain definition: the first of a stable sort says the key, its mates leave in that order."""
+    draw = random.Random(5)
+    for _ in range(200):
+        items = [Item(draw.randrange(3), draw.randrange(4)) for _ in range(draw.randint(1, 12))]
+        queue: deque[Any] = deque(items)
+        most = draw.randint(1, 6)
+        batch = next_wavefront(queue, most)
+        ranked = sorted(items, key=lambda item: item.ticket.priority if item.ticket else 0.0)
+        assert batch == [item for item in ranked if item.key == ranked[0].key][:most]
+        assert list(queue) == [item for item in items if item not in batch]
 
 
 def test_a_wavefront_is_what_shares_the_first_items_key() -> None:
