@@ -299,6 +299,10 @@ class CompiledWorkflow(Runner[P, R]):
         """For every pass and place: whether it fired, why or why not, the predicted gain, the source line."""
         return str(self._main.explain())
 
+    def estimate(self) -> Any:
+        """What a run will take, said before it runs: `passes.estimate.Forecast`."""
+        return self._main.estimate()
+
     def save(self, path: str | Path) -> Path:
         """Writes the plan as IR text; `flowc.load(path)` and `flowc run plan.flow` take it up again."""
         saved: Path = self._main.save(path)

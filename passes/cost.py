@@ -58,7 +58,7 @@ class CostModel:
     def of(self, op: Op) -> Rates:
         """The rates of the op's resource."""
         resource = op.attrs.get("resource")
-        if resource is None or not self.resources:
+        if not self.resources or not isinstance(resource, str):
             return self.rates
         return self.resources.get(f"{OPS[op.name].lane}.{resource}", self.rates)
 

@@ -105,7 +105,7 @@ class Symbols:
         cells: dict[str, CellType] = {}
         if plain is not None and plain.__closure__:
             cells = dict(zip(plain.__code__.co_freevars, plain.__closure__, strict=True))
-        filename = plain.__code__.co_filename if plain is not None else (module.__file__ or "")
+        filename = plain.__code__.co_filename if plain is not None else (getattr(module, "__file__", None) or "")
         return Scope(vars(module), cells, filename, function)
 
     def symbol(self, graph: Graph, name: str, ref: Any, loc: Loc | None, what: str) -> Any:

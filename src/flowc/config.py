@@ -115,6 +115,9 @@ class RunConfig:
     opt: int = _key(int, "optimisation level", 2, choices=(0, 1, 2, 3))
     concurrency: int = _key(int, "most programs at a time", 64, least=1)
     timeout: float | None = _key(float, "seconds that one program may take; absent: no limit", None, least=0.0)
+    calibration: Path | None = _key(
+        Path, "what `flowc calibrate` measured; absent: .flowc/calibration.json beside the file, if it is there", None
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,12 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     path: Path | None = None  # the file that was read
     origins: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
+
+    @property
+    def calibration_path(self) -> Path:
+        """Where the measured rates of this machine are, or would be."""
+        base = self.path.parent if self.path is not None else Path.cwd()
+        return self.run.calibration or base / ".flowc" / "calibration.json"
 
 
 _NAMED: dict[str, type] = {"llm": LLMConfig, "index": IndexConfig, "embedder": EmbedderConfig}

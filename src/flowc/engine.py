@@ -27,6 +27,8 @@ from flowc.ir.errors import ParseError, ResourceError
 from flowc.ir.parser import parse_graph
 from flowc.ir.printer import print_graph
 from flowc.ir.verifier import verify
+from flowc.passes.cost import CostModel, read_calibration
+from flowc.passes.estimate import Forecast, forecast
 from flowc.passes.manager import Compilation, PassManager, parse_pipeline, pipeline
 from flowc.runtime.engine import Runtime
 from flowc.runtime.plan import Plan, build_plan
@@ -131,13 +133,16 @@ class Engine:
         self.config = config if config is not None else load_config()
         self.resources = BoundResources(self.config)
         self.runtime = Runtime(self.resources)
+        path = self.config.calibration_path
+        self.is_calibrated = self.config.run.calibration is not None or path.is_file()
+        self.costs = read_calibration(path) if self.is_calibrated else CostModel()
 
     def compile_graph(self, graph: Graph, opt: int | None = None, passes: str | None = None) -> CompiledGraph:
         """The graph rewritten by the passes of a level (or those named), with the plan that runs it."""
         level = self.config.run.opt if opt is None else opt
         steps = pipeline(level) if passes is None else parse_pipeline(passes)
         verify(graph)  # operations that do not fit together are the user's mistake, and are said in the user's words
-        compilation = PassManager(steps, level=level if passes is None else None).run(graph)
+        compilation = PassManager(steps, costs=self.costs, level=level if passes is None else None).run(graph)
         return CompiledGraph(self, compilation)
 
     def request(self, op: str, resource: str, operands: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -223,6 +228,10 @@ class CompiledGraph:
     def explain(self) -> str:
         return self.compilation.explain()
 
+    def estimate(self) -> Forecast:
+        """What one run will take, by the cost model."""
+        return forecast(self.compilation.graph, self.compilation.costs)
+
     def save(self, path: str | Path) -> Path:
         """Writes the rewritten graph as text."""
         target = Path(path)
@@ -305,6 +314,10 @@ class LoadedPlan(Runner[..., Any]):
 
     def explain(self) -> str:
         return self._executable.explain()
+
+    def estimate(self) -> Forecast:
+        """What one run will take, by the cost model."""
+        return self._executable.estimate()
 
 
 def load(path: str | Path) -> LoadedPlan:
