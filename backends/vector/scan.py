@@ -30,7 +30,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ import numpy.typing as npt
 from flowc.ir.errors import ResourceError
 from flowc.runtime.protocols import Budget, ScanBudget, SearchRequest
 
-__all__ = ["SHARED_ENOUGH", "ListSearch", "Lists", "Selection", "load_faiss"]
+__all__ = ["SHARED_ENOUGH", "Accelerator", "Beside", "ListSearch", "Lists", "Selection", "load_faiss"]
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -256,6 +256,28 @@ class _Forms:
         self._cost[key] = new if old is None else min(1.01 * old, new)
 
 
+# ------------------------------------------------------------------------------------------------ another scanner
+class Beside(Protocol):
+    """A step of which a part is being scanned elsewhere, until `close`."""
+
+    @property
+    def rest(self) -> list[tuple[ListSearch, Ranks]]:
+        """What is to be scanned here meanwhile."""
+        ...
+
+    def merge(self) -> list[tuple[ListSearch, Ranks]]:
+        """Merges what was found elsewhere; gives back what could not be proven to be exact, to be scanned here."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Accelerator(Protocol):
+    """Scans lists that it holds copies of, on a device beside the CPU."""
+
+    def start(self, work: list[tuple[ListSearch, Ranks]]) -> Beside: ...
+
+
 # ------------------------------------------------------------------------------------------------ the lists
 class Lists:
     """The inverted lists of an index, read only. Safe to use from several threads.
@@ -274,6 +296,8 @@ class Lists:
         faiss = self._faiss = load_faiss()
         assert not getattr(index, "by_residual", False), "scores of residuals would need the centroids' scores"
         self._index = index
+        self._base = None if base is None else base.base
+        self.accelerator: Accelerator | None = None  # asked on `base`
         index.parallel_mode = _NO_HEAP_INIT
         self.dim: int = index.d
         self.nlist: int = index.nlist if base is None else base.nlist
@@ -285,10 +309,10 @@ class Lists:
         self.alive = alive
         self.count: int = int(sizes.sum()) if alive is None else alive.count
         self._held = self._by_cluster(sizes if alive is None else alive.sizes)
-        self._is_l2 = index.metric_type == faiss.METRIC_L2
+        self.is_l2 = index.metric_type == faiss.METRIC_L2
         if base is None:
             self._centroids = np.ascontiguousarray(index.quantizer.reconstruct_n(0, self.nlist))
-            if self._is_l2:  # the nearest centroid c of q has the largest q.c - |c|^2 / 2, which is one inner product
+            if self.is_l2:  # the nearest centroid c of q has the largest q.c - |c|^2 / 2, which is one inner product
                 half = np.einsum("ij,ij->i", self._centroids, self._centroids) / -2
                 self._centroids = np.ascontiguousarray(np.column_stack([self._centroids, half]))
         else:
@@ -303,6 +327,11 @@ class Lists:
         self._ptr = faiss.swig_ptr
         self._forms = _Forms()
 
+    @property
+    def base(self) -> Lists:
+        """The lists of part 0, which never change."""
+        return self._base or self
+
     # -------------------------------------------------------------------------------------------- plan
     def nearest_lists(self, query: F32, nprobe: int, enough: int) -> I64:
         """List numbers, nearest first: `nprobe` of them, or as many more as it takes to hold `enough` vectors."""
@@ -313,7 +342,7 @@ class Lists:
 
     def _as_probe(self, queries: F32) -> F32:
         """Queries as centroids are compared with them."""
-        if not self._is_l2:
+        if not self.is_l2:
             return queries
         ones = np.ones((*queries.shape[:-1], 1), dtype=np.float32)
         return np.ascontiguousarray(np.concatenate([queries, ones], axis=-1))
@@ -497,7 +526,7 @@ class Lists:
         A budget is for all searches together and is looked at between groups of lists, cut by the vectors that they
         hold and not by their number; at least one list is scanned where one is left.
         """
-        if budget is None and len(searches) == 1 and searches[0]._is_plain:
+        if budget is None and len(searches) == 1 and searches[0]._is_plain and self.base.accelerator is None:
             search = searches[0]  # the common case of one question, without the bookkeeping of many
             self._faiss.omp_set_num_threads(1)
             self._call(search.query, search.lists[None], search.scores, search.ids, search.only)
@@ -559,7 +588,19 @@ class Lists:
         self._step(steps)
 
     def _step(self, work: list[tuple[ListSearch, Ranks]]) -> None:
-        """Scans these ranks, which were not scanned before."""
+        """Scans these ranks, which were not scanned before, here and on the device if there is one."""
+        accelerator = self.base.accelerator
+        if accelerator is None:
+            self._scan_here(work)
+            return
+        beside = accelerator.start(work)
+        try:
+            self._scan_here(beside.rest)
+            self._scan_here(beside.merge())
+        finally:
+            beside.close()
+
+    def _scan_here(self, work: list[tuple[ListSearch, Ranks]]) -> None:
         self._faiss.omp_set_num_threads(1)  # counted per calling thread, and this may be any worker
         # Heaps of one call have one size; up to twice their own is padding, beyond is another call. And one selection.
         sizes: defaultdict[tuple[int, int], list[tuple[ListSearch, Ranks]]] = defaultdict(list)
@@ -671,7 +712,7 @@ class Lists:
             if params is None:
                 params = self._params[width] = self._faiss.SearchParametersIVF(nprobe=width)
         ptr = self._ptr
-        if self._is_l2:  # FAISS keeps distances, in heaps with the largest on top: the same heaps, negated
+        if self.is_l2:  # FAISS keeps distances, in heaps with the largest on top: the same heaps, negated
             np.negative(scores, out=scores)
         self._index.search_preassigned_c(
             count,
@@ -684,7 +725,7 @@ class Lists:
             False,
             params,
         )
-        if self._is_l2:
+        if self.is_l2:
             np.negative(scores, out=scores)
 
     # -------------------------------------------------------------------------------------------- merge
@@ -768,6 +809,12 @@ class Lists:
                 held = self._faiss.rev_swig_ptr(self._index.invlists.get_ids(number), size)
                 offsets = np.flatnonzero(np.isin(held, wanted, assume_unique=True))
                 yield number, offsets.tolist(), held[offsets]
+
+    def stored(self, number: int) -> tuple[npt.NDArray[np.uint8], I64]:
+        """The codes, of shape (vectors, bytes), and the ids of a list, where they lie; `self` keeps them there."""
+        size, lists = int(self.sizes[number]), self._index.invlists
+        codes = self._faiss.rev_swig_ptr(lists.get_codes(number), size * lists.code_size)
+        return codes.reshape(size, lists.code_size), self._faiss.rev_swig_ptr(lists.get_ids(number), size)
 
     def decode(self, number: int, offset: int) -> F32:
         """The vector at a place of a list, as the scanner sees it."""
