@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from flowc.ir.options import Bounded, Budget
 from flowc.ir.values import Docs
 
 from .host import deliver, host
@@ -146,10 +147,24 @@ class Index(Resource):
     operations: ClassVar[Mapping[str, str]] = {"search": "search"}
 
     def search(
-        self, query: str, k: int | None = None, *, nprobe: int | None = None, timeout: float | None = None
+        self,
+        query: str,
+        k: int | None = None,
+        *,
+        nprobe: int | None = None,
+        where: Mapping[str, Any] | None = None,
+        stop: Bounded | Budget | None = None,
+        timeout: float | None = None,
     ) -> Docs:
-        """The `k` passages (default 4) nearest to `query`, best first; ties by id."""
-        result: Docs = self._request("search", (query,), {"k": k, "nprobe": nprobe, "timeout": timeout})
+        """The `k` passages (default 4) nearest to `query`, best first; ties by id.
+
+        `where={"lang": "en", "kind": ["howto", "faq"], "year": {">=": 2020}}` looks among the passages whose metadata
+        meet all conditions, and finds none if none does. `stop` is the one way to a search that may end before it is
+        exact: `Bounded(0.05)` where the result changes for at most that share of queries, as measured on the index, or
+        `Budget(lists=8)`.
+        """
+        options = {"k": k, "nprobe": nprobe, "where": where, "stop": stop, "timeout": timeout}
+        result: Docs = self._request("search", (query,), options)
         return result
 
 

@@ -241,7 +241,7 @@ _PROGRAM: dict[str, OpSpec] = {
             "search",
             "The `k` passages of an index nearest to a text, best first.",
             (TEXT,),
-            optional={"k": INT, "nprobe": INT, "timeout": ANY},
+            optional={"k": INT, "nprobe": INT, "where": ANY, "stop": ANY, "timeout": ANY},
             results=(DOCS,),
             attrs={
                 **_RESOURCE,
@@ -249,6 +249,8 @@ _PROGRAM: dict[str, OpSpec] = {
                 **_EFFECT,
                 "k": AttrSpec(_INT, "how many passages"),
                 "nprobe": AttrSpec(_INT, "how many clusters to probe"),
+                "where": AttrSpec((object,), "conditions on metadata, in the order of `ir.options.as_where`"),
+                "stop": AttrSpec((object,), "leave to stop early, which may change results: `ir.options.stop_literal`"),
                 "timeout": _TIMEOUT,
             },
             effect=RAISES,
@@ -544,7 +546,9 @@ def effect_of(op: Op) -> Effect:
             if "temperature" in _texts(attrs.get("kw")) or attrs.get("temperature", 0):
                 effect |= Effect(is_sampled=True)
         case "search" | "ivf.begin" | "ivf.scan" | "ivf.partial" | "ivf.finish" | "ahead.search":
-            effect |= Effect(reads=frozenset({f"index:{op.attr('resource')}"}))
+            # One that may stop early depends on how it was scanned, and in what company.
+            stops = "stop" in attrs or "stop" in _texts(attrs.get("kw"))
+            effect |= Effect(reads=frozenset({f"index:{op.attr('resource')}"}), is_sampled=stops)
         case "cell" | "store":
             effect |= Effect(writes=frozenset({f"cell:{(op.operands if op.name == 'store' else op.results)[0].name}"}))
         case "load":

@@ -14,8 +14,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, TypeVar
 
-from flowc.ir.core import Graph
+from flowc.ir.core import Graph, walk
 from flowc.ir.errors import Loc, PassError
+from flowc.ir.ops import keyword_operands
 from flowc.ir.printer import print_graph
 from flowc.ir.verifier import verify
 
@@ -296,6 +297,11 @@ def _explain(c: Compilation) -> Iterator[str]:
     yield f"  operations     {before} -> {after}"
     old, new = predicted_s(c.captured, c.costs), predicted_s(c.graph, c.costs)
     yield f"  critical path  {show_s(old)} -> {show_s(new)} (predicted)"
+    for graph in (c.graph, *c.graph.callees):
+        for op in walk(graph.body):  # the one thing that may change an answer, and only ever in the user's own words
+            if op.name in ("search", "ivf.begin") and ("stop" in op.attrs or "stop" in keyword_operands(op)):
+                where = f"  at {op.loc}" if op.loc is not None else ""
+                yield f"  approximate    {op.name} @{op.attr('resource')} may stop early, asked for by name (A){where}"
     if not c.stages:
         yield "  no passes: runs as written"
     for name, remarks in _grouped(c.remarks, lambda r: r.pass_name):

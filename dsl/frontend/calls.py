@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowc.ir.core import Attr, Op, Region, Scope, Value, free_values
 from flowc.ir.ops import OPS, Effect, effect_of, effect_of_region
+from flowc.ir.options import Bounded, Budget, as_stop, as_where, stop_literal
 from flowc.ir.types import ANY, DOCS, TEXT, VECTOR, Type, accepts, is_immutable, item_type, sequence_of
 
 from .. import resources as resources_module
@@ -371,7 +372,11 @@ class Calls(Expressions):
             if name == "messages":
                 values["prompt"] = self._chat(arg)
                 continue
-            constant: Any = self._constant(arg) if name not in _OPERANDS[op] else MISSING
+            constant: Any = MISSING
+            if op == "search" and name in ("where", "stop"):
+                constant = self._search_option(name, arg)
+            elif name not in _OPERANDS[op]:
+                constant = self._constant(arg)
             if constant is None:
                 continue
             if constant is not MISSING and name != "options":
@@ -410,6 +415,46 @@ class Calls(Expressions):
             f"{chat_prompt.__name__}(messages)", [("messages", value)], info, hint="prompt", scope=_CHAT_SCOPE
         )
         return prompt
+
+    def _search_option(self, name: str, node: ast.expr) -> Any:
+        """A filter or a stop that stands there as a literal, as the literal of the IR; MISSING for all else.
+
+        One that makes no sense stays a value: the search refuses it when it gets there, as by Python.
+        """
+        value: Any = MISSING
+        if isinstance(node, ast.Constant) and node.value is None:
+            return None
+        if name == "where" and isinstance(node, ast.Dict):
+            value = self._mapping(node)
+        elif name == "stop" and isinstance(node, ast.Call) and self.resolver.resolve(node.func) in (Bounded, Budget):
+            given = [self._constant(a) for a in (*node.args, *(k.value for k in node.keywords))]
+            if MISSING not in given and all(k.arg for k in node.keywords):
+                names = [k.arg or "" for k in node.keywords]
+                kind: Any = self.resolver.resolve(node.func)
+                try:
+                    value = kind(*given[: len(node.args)], **dict(zip(names, given[len(node.args) :], strict=True)))
+                except TypeError:
+                    return MISSING
+        if value is MISSING:
+            return MISSING
+        try:
+            if name == "where":
+                return as_where(value)
+            stop = as_stop(value)
+            return None if stop is None else stop_literal(stop)
+        except ValueError:
+            return MISSING
+
+    def _mapping(self, node: ast.Dict) -> Any:
+        """A dict display of constants, of lists and of mappings of them; MISSING for all else."""
+        out: dict[Any, Any] = {}
+        for key, item in zip(node.keys, node.values, strict=True):
+            name = MISSING if key is None else self._constant(key)
+            value = self._mapping(item) if isinstance(item, ast.Dict) else self._constant(item)
+            if MISSING in (name, value):
+                return MISSING
+            out[name] = value
+        return out
 
     def _constant(self, node: ast.expr) -> Any:
         """A literal or module constant; lists and tuples of them as tuples; MISSING for all else."""

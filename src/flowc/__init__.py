@@ -33,6 +33,7 @@ from flowc.ir.errors import (
     ResourceError,
     RunError,
 )
+from flowc.ir.options import Bounded, Budget
 from flowc.ir.values import Doc, Docs
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def __dir__() -> list[str]:
 __all__ = [
     "LLM",
     "Agent",
+    "Bounded",
+    "Budget",
     "CaptureError",
     "CompileError",
     "ConfigError",
