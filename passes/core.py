@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Generic, TypeVar
 
 from flowc.ir.core import Graph, Op, Region, Value
@@ -67,6 +67,7 @@ class Pass(ABC):
     __slots__ = ()
     name: ClassVar[str]
     covers_callees: ClassVar[bool] = False  # does `run` see to the workflows that are called, too?
+    on_trial: ClassVar[bool] = False  # can it lose in practice? Then runs without it are measured now and then
 
     @abstractmethod
     def run(self, graph: Graph, costs: CostModel) -> Outcome: ...
@@ -89,12 +90,14 @@ class Match:
 class Replacement:
     """What stands in place of the matched op: `ops` at its place, `values` for its results.
 
-    `moves` are pairs of an op that leaves its place and the op before which it then stands.
+    `moves` are pairs of an op that leaves its place (or is new) and the op before which it then stands. With `relaxes`
+    the region is ordered no longer than its effects need: any region may be, and what the pass put in runs beside it.
     """
 
     ops: tuple[Op, ...] = ()
     values: Mapping[str, Value] = field(default_factory=dict)
     moves: tuple[tuple[Op, Op], ...] = ()
+    relaxes: bool = False
     detail: str = ""
 
 
@@ -153,7 +156,7 @@ class Rewrite(Pass, Generic[M]):
 class Edits:
     """What the rewrites of one pass change. Applied in a single walk, so that a pass over n operations stays linear."""
 
-    __slots__ = ("_before", "_replaced", "_values")
+    __slots__ = ("_before", "_relaxed", "_replaced", "_values")
 
     def __init__(self) -> None:
         self._replaced: dict[
@@ -161,9 +164,12 @@ class Edits:
         ] = {}  # by identity; holds the op, so that the id stays its own
         self._before: dict[int, list[Op]] = {}
         self._values: dict[str, Value] = {}
+        self._relaxed: set[int] = set()
 
     def add(self, op: Op, replacement: Replacement) -> None:
         self._replaced[id(op)] = (op, replacement.ops)
+        if replacement.relaxes:
+            self._relaxed.add(id(op))
         for moved, before in replacement.moves:
             self._replaced[id(moved)] = (moved, ())
             self._before.setdefault(id(before), []).append(moved)
@@ -202,7 +208,8 @@ class Edits:
         yields = self.resolve_all(region.yields)
         if not is_changed and yields is region.yields:
             return region
-        return Region(region.params, tuple(ops), yields, region.ordered)
+        is_ordered = region.ordered and not any(id(op) in self._relaxed for op in region.ops)
+        return Region(region.params, tuple(ops), yields, is_ordered)
 
     def _emit(self, op: Op, out: list[Op]) -> bool:
         hoisted = self._before.get(id(op), ())
@@ -230,6 +237,12 @@ class Edits:
             return False
         out.append(Op(op.name, operands, op.results, op.attrs, regions, op.loc))
         return True
+
+
+def with_operand(op: Op, name: str, value: Value) -> Op:
+    """The op with one more keyword operand."""
+    new = op.with_attrs(kw=(*op.attr("kw", ()), name))
+    return replace(new, operands=(*op.operands, value))
 
 
 def describe(op: Op) -> str:

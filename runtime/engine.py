@@ -191,7 +191,7 @@ class Runtime:
     # -- many programs
     def map(
         self,
-        plan: Plan,
+        plan: Plan | Callable[[int], Plan],
         inputs: Iterable[Sequence[Any]],
         *,
         concurrency: int = 64,
@@ -199,7 +199,7 @@ class Runtime:
         on_done: Callable[[int, Outcome], None] | None = None,
         trace: Trace | None = None,
     ) -> list[Outcome]:
-        """What became of each input, in order.
+        """What became of each input, in order. A plan may be chosen for each input by its position.
 
         At most `concurrency` programs are in flight; inputs are drawn as they are needed. One program's
         error is its own outcome and nobody else's. After a KeyboardInterrupt those that had finished have been told to
@@ -228,7 +228,7 @@ class Runtime:
 
     async def map_async(
         self,
-        plan: Plan,
+        plan: Plan | Callable[[int], Plan],
         inputs: Iterable[Sequence[Any]],
         *,
         concurrency: int = 64,
@@ -457,7 +457,7 @@ class _Feed:
     def __init__(
         self,
         driver: Driver,
-        plan: Plan,
+        plan: Plan | Callable[[int], Plan],
         inputs: Iterable[Sequence[Any]],
         concurrency: int,
         timeout_s: float | None,
@@ -467,7 +467,7 @@ class _Feed:
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
         self.driver = driver
-        self.plan = plan
+        self.plan_of = (lambda _: plan) if isinstance(plan, Plan) else plan
         self.inputs = enumerate(inputs)
         self.concurrency = concurrency
         self.timeout_s = timeout_s
@@ -495,7 +495,7 @@ class _Feed:
             ended = functools.partial(self._ended, index)
             try:
                 program = self.driver.start(
-                    self.plan,
+                    self.plan_of(index),
                     args,
                     timeout_s=self.timeout_s,
                     trace=self.trace,

@@ -115,6 +115,7 @@ class RunConfig:
     opt: int = _key(int, "optimisation level", 2, choices=(0, 1, 2, 3))
     concurrency: int = _key(int, "most programs at a time", 64, least=1)
     timeout: float | None = _key(float, "seconds that one program may take; absent: no limit", None, least=0.0)
+    adapt: bool = _key(bool, "measure now and then what a rewrite saves, and switch off one that loses", True)
     calibration: Path | None = _key(
         Path, "what `flowc calibrate` measured; absent: .flowc/calibration.json beside the file, if it is there", None
     )

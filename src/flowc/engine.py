@@ -15,6 +15,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from flowc.backends.embed import open_embedder
@@ -32,6 +33,7 @@ from flowc.passes.estimate import Forecast, forecast
 from flowc.passes.manager import Compilation, PassManager, parse_pipeline, pipeline
 from flowc.runtime.engine import Runtime
 from flowc.runtime.plan import Plan, build_plan
+from flowc.trials import Trial, Trials
 
 from .config import Config, load_config
 
@@ -143,7 +145,16 @@ class Engine:
         steps = pipeline(level) if passes is None else parse_pipeline(passes)
         verify(graph)  # operations that do not fit together are the user's mistake, and are said in the user's words
         compilation = PassManager(steps, costs=self.costs, level=level if passes is None else None).run(graph)
-        return CompiledGraph(self, compilation)
+        fired = {r.pass_name for r in compilation.remarks if r.fired}
+        candidates = [s.name for s in steps if s.on_trial and s.name in fired]
+        if passes is not None or not candidates or not self.config.run.adapt:
+            return CompiledGraph(self, compilation)
+
+        def plan_with(on: frozenset[str]) -> Plan:
+            kept = [s for s in steps if s.name in on or s.name not in candidates]
+            return build_plan(PassManager(kept, costs=self.costs).run(graph).graph)
+
+        return CompiledGraph(self, compilation, lambda plan: Trials(candidates, plan_with, plan))
 
     def request(self, op: str, resource: str, operands: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """Runs one operation now, through the lanes that running programs use."""
@@ -158,19 +169,56 @@ class Engine:
 class CompiledGraph:
     """A rewritten graph with its plan; what a workflow runs on."""
 
-    def __init__(self, engine: Engine, compilation: Compilation) -> None:
+    def __init__(
+        self, engine: Engine, compilation: Compilation, trials: Callable[[Plan], Trials] | None = None
+    ) -> None:
         self.engine = engine
         self.compilation = compilation
         self.plan: Plan = build_plan(compilation.graph)
+        self.trials = trials(self.plan) if trials is not None else None
 
     def _limit(self, timeout_s: float | None) -> float | None:
         return timeout_s if timeout_s is not None else self.engine.config.run.timeout
 
     def run(self, args: tuple[Any, ...], *, timeout_s: float | None = None) -> Any:
-        return self.engine.runtime.run(self.plan, args, timeout_s=self._limit(timeout_s))
+        if self.trials is None:
+            return self.engine.runtime.run(self.plan, args, timeout_s=self._limit(timeout_s))
+        trial = self.trials.choose()
+        started = perf_counter()
+        value = self.engine.runtime.run(trial.plan, args, timeout_s=self._limit(timeout_s))
+        self.trials.note(trial, perf_counter() - started)
+        return value
 
     async def run_async(self, args: tuple[Any, ...], *, timeout_s: float | None = None) -> Any:
-        return await self.engine.runtime.run_async(self.plan, args, timeout_s=self._limit(timeout_s))
+        if self.trials is None:
+            return await self.engine.runtime.run_async(self.plan, args, timeout_s=self._limit(timeout_s))
+        trial = self.trials.choose()
+        started = perf_counter()
+        value = await self.engine.runtime.run_async(trial.plan, args, timeout_s=self._limit(timeout_s))
+        self.trials.note(trial, perf_counter() - started)
+        return value
+
+    def _chosen(
+        self, on_done: Callable[[int, Any], None] | None
+    ) -> tuple[Plan | Callable[[int], Plan], Callable[[int, Any], None] | None]:
+        """The plan of each program of a map, and what is to be told when one ends."""
+        trials = self.trials
+        if trials is None:
+            return self.plan, on_done
+        chosen: dict[int, Trial] = {}
+
+        def plan_of(index: int) -> Plan:
+            trial = chosen[index] = trials.choose()
+            return trial.plan
+
+        def done(index: int, outcome: Any) -> None:
+            trial = chosen.pop(index, None)
+            if trial is not None and outcome.error is None:
+                trials.note(trial, outcome.seconds)
+            if on_done is not None:
+                on_done(index, outcome)
+
+        return plan_of, done
 
     def stream(self, args: tuple[Any, ...]) -> Iterator[str]:
         return self.engine.runtime.stream(self.plan, args)
@@ -198,12 +246,13 @@ class CompiledGraph:
                 if on_done is not None:
                     on_done(index, outcome)
 
+            plan, told = self._chosen(done)
             outcomes = self.engine.runtime.map(
-                self.plan,
+                plan,
                 rows,
                 concurrency=concurrency or self.engine.config.run.concurrency,
                 timeout_s=self._limit(timeout_s),
-                on_done=done,
+                on_done=told,
                 trace=trace,
             )
         return MapResult(outcomes)
@@ -216,17 +265,18 @@ class CompiledGraph:
         timeout_s: float | None = None,
         on_done: Callable[[int, Any], None] | None = None,
     ) -> MapResult[Any]:
+        plan, told = self._chosen(on_done)
         outcomes = await self.engine.runtime.map_async(
-            self.plan,
+            plan,
             rows,
             concurrency=concurrency or self.engine.config.run.concurrency,
             timeout_s=self._limit(timeout_s),
-            on_done=on_done,
+            on_done=told,
         )
         return MapResult(outcomes)
 
     def explain(self) -> str:
-        return self.compilation.explain()
+        return self.compilation.explain(self.trials.gains() if self.trials is not None else None)
 
     def estimate(self) -> Forecast:
         """What one run will take, by the cost model."""
