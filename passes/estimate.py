@@ -12,6 +12,7 @@ from flowc.ir.ops import OPS
 
 from .cost import CostModel
 from .facts import STATIC, Facts, predicted_s
+from .gain import show_s
 
 _PROMPTED: Final = frozenset({"generate", "choose", "parse", "llm.each"})
 _COUNTED: Final = frozenset({*_PROMPTED, "embed", "search", "ivf.begin", "rerank", "tool", "invoke"})
@@ -54,8 +55,6 @@ class Forecast:
 
     def lines(self, programs: int = 1) -> Iterator[str]:
         """The forecast in words."""
-        from .manager import show_s
-
         yield f"one program: {show_s(self.seconds)} expected, {show_s(self.sequential_s)} one call after another"
         if programs > 1:
             yield f"{programs} programs: at most {show_s(self.many_s(programs))}, if no two calls share a batch"

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import groupby
@@ -27,6 +27,7 @@ from .dce import Dce
 from .facts import count_ops, predicted_s
 from .fold import Fold
 from .fuse_py import FusePy
+from .gain import Gain, show_s
 from .inline import Inline
 from .licm import Licm
 from .prune_edges import PruneEdges
@@ -182,9 +183,12 @@ class Compilation:
     level: int | None = None
     costs: CostModel = dataclasses.field(default_factory=CostModel)
 
-    def explain(self) -> str:
-        """What every pass did at every site and why, with source lines and predicted gains, as text."""
-        return "\n".join(_explain(self)) + "\n"
+    def explain(self, gains: Mapping[str, Gain] | None = None) -> str:
+        """What every pass did at every site and why, with source lines and predicted gains, as text.
+
+        Beside the predictions stand the `gains` that runs have measured, by pass.
+        """
+        return "\n".join(_explain(self, gains or {})) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,15 +286,7 @@ def _grouped(items: Sequence[T], key: Callable[[T], str]) -> Iterator[tuple[str,
         yield name, list(group)
 
 
-def show_s(seconds: float) -> str:
-    """Seconds for people: `1.24 s`, `35 ms`, `2 us`."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return "0 s" if seconds == 0 else f"{seconds / 1e-9:.3g} ns"
-
-
-def _explain(c: Compilation) -> Iterator[str]:
+def _explain(c: Compilation, gains: Mapping[str, Gain]) -> Iterator[str]:
     level = "" if c.level is None else f" at -O{c.level}"
     yield f"{c.graph.name}{level}"
     before, after = count_ops(c.captured.body), count_ops(c.graph.body)
@@ -308,6 +304,8 @@ def _explain(c: Compilation) -> Iterator[str]:
         fired = sum(r.fired for r in remarks)
         yield ""
         yield f"{name}: fired at {fired} of {len(remarks)} {'site' if len(remarks) == 1 else 'sites'}"
+        if name in gains:
+            yield f"  {gains[name]}"
         for r in remarks:
             yield f"  {'+' if r.fired else '-'} {r.op}{f'  at {r.loc}' if r.loc is not None else ''}"
             if r.fired:

@@ -15,7 +15,7 @@ from math import sqrt
 from statistics import median
 from typing import Final
 
-from flowc.passes.manager import Gain
+from flowc.passes.gain import Gain
 from flowc.runtime.plan import Plan
 
 WARM: Final = 16  # programs before the first trial

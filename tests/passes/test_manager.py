@@ -13,7 +13,8 @@ from flowc.ir.errors import PassError
 from flowc.ir.parser import parse_graph
 from flowc.passes import CostModel, Outcome, Pass, PassManager, parse_pipeline, pipeline
 from flowc.passes.facts import Facts, predicted_s
-from flowc.passes.manager import PASSES, show_s
+from flowc.passes.gain import show_s
+from flowc.passes.manager import PASSES
 
 TEXT = """
 workflow @answer(%q: text, %xs: list<text>) -> text loc("app/qa.py":3) seq {

@@ -34,7 +34,7 @@ def calibrate(
     from flowc.calibrate import calibrate as measure
     from flowc.engine import default_engine
     from flowc.ir.errors import FlowcError
-    from flowc.passes.manager import show_s
+    from flowc.passes.gain import show_s
 
     engine = default_engine()
     path = out if out is not None else engine.config.calibration_path

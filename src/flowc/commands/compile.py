@@ -210,7 +210,7 @@ def _count(graph: Graph) -> int:
 
 def _predicted(c: Compilation) -> str:
     from flowc.passes.facts import predicted_s
-    from flowc.passes.manager import show_s
+    from flowc.passes.gain import show_s
 
     return f"{show_s(predicted_s(c.captured, c.costs))} -> {show_s(predicted_s(c.graph, c.costs))} predicted"
 
