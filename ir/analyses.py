@@ -153,12 +153,10 @@ def _levels(region: Region) -> tuple[list[int], int]:
 
 
 def _lane_depth(op: Op) -> int:
-    if is_lane_op(op):
-        return 1
     depths = [_levels(r)[1] for r in op.regions]
     if op.name == "while" or op.name == "try":
         return sum(depths[:1]) + max(depths[1:], default=0)
-    return max(depths, default=0)
+    return is_lane_op(op) + max(depths, default=0)
 
 
 # -- probabilities and time
@@ -221,7 +219,7 @@ def critical_path(
             case "foreach":
                 n = 1.0 if op.attrs.get("parallel") else trips(op) if trips is not None else _bounded(op)
                 return CriticalPath(own(op) + n * inner[0].seconds, (op, *inner[0].ops))
-            case "try":
+            case "try" | "llm.each":
                 return CriticalPath(own(op) + inner[0].seconds, (op, *inner[0].ops))
             case "fused":
                 seconds = sum(of_op(o).seconds for o in op.regions[0].ops)  # one code object: one after another
@@ -285,6 +283,8 @@ def steps_to_execution(graph: Graph) -> dict[int, int]:
             if is_lane_op(op):
                 steps[id(op)] = start
                 ends.append(start + 1)
+                for r in op.regions:  # they run while it does
+                    visit(r, start)
                 continue
             match op.name:
                 case "if":
@@ -318,7 +318,7 @@ def _is_true(cond: Region) -> bool:
 
 # -- prompts
 
-PROMPTED: Final = frozenset({"generate", "choose", "parse"})
+PROMPTED: Final = frozenset({"generate", "choose", "parse", "llm.each"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,6 +378,10 @@ def late_values(graph: Graph) -> frozenset[str]:
                 mark(op.results)
 
     def control(op: Op) -> None:
+        if is_lane_op(op):  # llm.each: all that it gives comes from the model
+            mark((*op.results, *op.regions[0].params))
+            visit(op.regions[0])
+            return
         is_loop = op.name in ("while", "foreach")
         own = int(op.name == "foreach")  # parameters before the carried ones
         lead = int(op.name == "while" or bool(op.attrs.get("breaks")))  # yielded values before the next carried ones
@@ -414,7 +418,7 @@ def _waits(region: Region) -> bool:
 
 
 def static_prefix(graph: Graph) -> list[StaticPrefix]:
-    """For each `generate`, `choose` and `parse`, in program order, the parts of its prompt.
+    """For each operation of `PROMPTED`, in program order, the parts of its prompt.
 
     Templates in templates, literals and what a `fused` run yields are followed; neighbouring constants are one piece.
     """

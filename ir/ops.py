@@ -382,7 +382,15 @@ _STAGES: dict[str, OpSpec] = {
     spec.name: spec
     for spec in (
         # -- a search in pieces: `search` is `ivf.finish(ivf.scan(ivf.begin(query)))`
-        replace(_search, name="ivf.begin", doc="A planned search: which clusters, in which order.", results=(SCAN,)),
+        replace(
+            _search,
+            name="ivf.begin",
+            doc="A planned search: which clusters, in which order.",
+            optional={**_search.optional, "near": DOCS},
+            results=(SCAN,),
+            is_elastic=False,
+            cost_s=lambda op, r: r["py_s"],
+        ),
         OpSpec(
             "ivf.scan",
             "Scans the clusters of a planned search, a bounded step at a time, together with other searches.",

@@ -31,7 +31,7 @@ from .errors import VerifyError
 from .ops import COMMON_ATTRS, OPS, SCHEDULE_ATTRS, AttrSpec, Effect, OpSpec, effect_of
 from .printer import all_graphs, print_literal, print_op
 from .templates import split_template
-from .types import ANY, ARITY, NEVER, TEXT, Type, accepts, item_type, type_of
+from .types import ANY, ARITY, NEVER, TEXT, Type, accepts, item_type, list_of, type_of
 
 PLAIN: Final = frozenset(
     {"const", "template", "append", "concat", "equals", "undef", "bound", "py", "cell", "load", "store"}
@@ -145,6 +145,7 @@ class _Verifier:
             "if": self.if_,
             "while": self.while_,
             "foreach": self.foreach,
+            "llm.each": self.each,
             "try": self.try_,
             "call": self.call,
         }
@@ -441,6 +442,21 @@ class _Verifier:
                 self.fail(f"`foreach` collects lists, but `{y}` is {a(y.type)}", op)
         for result, v in zip(op.results[:carried], inits, strict=True):
             self.flow(op, result.type, v.type, f"result `{result}`")  # of a loop over nothing
+
+    def each(self, op: Op) -> None:
+        (body,) = op.regions
+        collects = op.attrs.get("collects", 0)
+        assert isinstance(collects, int)
+        if collects < 0 or len(op.results) != 2 + collects:
+            found = _plural(len(op.results), "result")
+            self.fail(f"`llm.each` gives a text, its items and {_plural(collects, 'list')}, but has {found}", op)
+        self.takes(op, body, "body", [TEXT])
+        self.yields(op, body, "body", collects)
+        for result, made in zip(op.results, (TEXT, list_of(TEXT), *(y.type for y in body.yields)), strict=True):
+            self.flow(op, result.type, made, f"result `{result}`")
+        for y in body.yields:
+            if y.type.name != "list" and y.type not in (ANY, NEVER):
+                self.fail(f"`llm.each` collects lists, but `{y}` is {a(y.type)}", op)
 
     def try_(self, op: Op) -> None:
         handlers = _texts(op, "handlers")

@@ -24,6 +24,19 @@ PASS_RATES: Final[Rates] = {
     "while_trips": 3.0,
     "foreach_items": 4.0,
     "branch": 0.5,  # how likely the first region of an `if` is
+    "substage_s": 50e-6,  # beta: one more turn of a search in pieces
+    "settles": 0.3,  # share of a search's time that is left when its result is as good as certain
+    "waste": 0.5,  # seconds that a second of unneeded work costs the others on its lane
+    "chars_per_token": 4.0,
+    "slot_tokens": 64.0,  # of a prompt's part that only the run knows
+    "docs_tokens": 512.0,  # of search results in a prompt
+    "kv_block_tokens": 16.0,  # a prompt's beginning is kept in blocks of so many
+    "h2d_bytes_per_s": 0.0,  # to the device; 0: there is none
+    "device_bytes": 0.0,  # what the device has free for clusters
+    "index_bytes": 0.0,  # all clusters of an index
+    "probe_bytes": 0.0,  # the clusters that one search probes
+    "scan_bytes_per_s": 5e9,  # of clusters, by the processor
+    "device_scan_bytes_per_s": 0.0,  # of clusters on the device
 }
 FORMAT: Final = 1  # of calibration files
 

@@ -36,11 +36,11 @@ from itertools import count
 from typing import ClassVar
 
 from flowc.ir.core import Graph, Op, Region, Value
-from flowc.ir.ops import SCHEDULE_ATTRS
+from flowc.ir.ops import OPS, SCHEDULE_ATTRS
 
 from .core import Estimate, Match, Replacement, Rewrite, Verdict, listed
 from .cost import CostModel
-from .facts import STATIC, Facts
+from .facts import LOOPS, STATIC, Facts
 
 _FREE = STATIC - {"const"}
 
@@ -104,7 +104,7 @@ class _Numbering:
             self.stale.pop(key, None)
 
     def control(self, op: Op) -> Iterator[Repeat]:
-        if op.name in ("while", "foreach"):  # what an iteration writes, the next one reads
+        if op.name in LOOPS:  # what an iteration writes, the next one reads
             self.wrote(self.facts.effect(op).writes)
         for (
             region
@@ -120,8 +120,8 @@ class _Numbering:
 
     def leaf(self, op: Op, added: list[Key]) -> Iterator[Repeat]:
         effect = self.facts.effect(op)
-        if op.name in _FREE or effect.writes or "group" in op.attrs:  # a group's effects have no order to speak of
-            return
+        if op.name in _FREE or effect.writes or "group" in op.attrs or OPS[op.name].is_advice:
+            return  # a group's effects have no order to speak of, and advice is given for when it is given
         attrs = tuple(sorted((n, repr(a)) for n, a in op.attrs.items() if n not in SCHEDULE_ATTRS))
         plain: Key = (op.name, tuple([self.number(v) for v in op.operands]), attrs, len(op.results))
         reads = tuple([(s, self.version.get(s, 0)) for s in sorted(effect.reads)])

@@ -96,9 +96,11 @@ class Dce(Pass):
                     regions = (sweep(op.regions[0], head + slots, yes + carried),)
                     operands = _kept(operands, yes + carried)
                     collects = sum(slots[len(carried) :])
-                    if collects != attrs.get("collects", 0):
-                        changed = op.with_attrs(collects=collects) if collects else op.without_attrs("collects")
-                        attrs = changed.attrs
+                    attrs = _collecting(op, collects).attrs
+                case "llm.each":
+                    slots[:2] = [True, True]  # the text and its items
+                    regions = (sweep(op.regions[0], slots[2:]),)
+                    attrs = _collecting(op, sum(slots[2:])).attrs
                 case _:
                     regions = tuple(sweep(region, slots) for region in op.regions)
             results = _kept(op.results, slots)
@@ -131,6 +133,12 @@ def _unused_but_kept(op: Op, writes: frozenset[str], may_raise: bool) -> str | N
     if op.name in STATIC or not (writes or may_raise):
         return None
     return "its result is not used, but it writes" if writes else "its result is not used, but it may raise"
+
+
+def _collecting(op: Op, lists: int) -> Op:
+    if lists == op.attrs.get("collects", 0):
+        return op
+    return op.with_attrs(collects=lists) if lists else op.without_attrs("collects")
 
 
 def _kept(values: tuple[Value, ...], keep: list[bool] | None) -> tuple[Value, ...]:
@@ -228,6 +236,8 @@ class _Liveness:
                 if slot < len(op.operands) - 1:
                     self._use(op.operands[slot + 1])
                 self._use(op.regions[0].yields[slot + bool(op.attrs.get("breaks"))])
+            case "llm.each":
+                self._use(*op.regions[0].yields[slot - 2 : slot - 1] if slot > 1 else ())
             case _:
                 for region in op.regions:
                     self._use(region.yields[slot])

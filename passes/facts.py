@@ -22,6 +22,9 @@ from .cost import CostModel
 STATIC = frozenset({"const", "undef"})
 """Known before the run: a plan holds them in slots from the start, so they take no turn."""
 
+LOOPS = frozenset({"while", "foreach", "llm.each"})
+"""Their bodies may run more than once."""
+
 UNIQUE = frozenset({"bound", "load"})
 """They give back an object that exists already; every other op that makes a list makes a new one."""
 
@@ -42,6 +45,11 @@ def has_plain_truth(t: Type) -> bool:
 def iterates_safely(t: Type) -> bool:
     """Is iterating over a value of this type known to run no user code and to raise nothing?"""
     return t.name in ("list", "tuple", "range", "docs", "text", "bytes")
+
+
+def is_begun(op: Op) -> bool:
+    """Is it done as soon as it has begun: advice, or work begun ahead, which its taker waits for?"""
+    return OPS[op.name].is_advice or op.name.startswith("ahead.")
 
 
 class Facts:
@@ -216,7 +224,7 @@ class Facts:
         found = self._waits.get(id(op))
         if found is None:
             found = (
-                OPS[op.name].lane != "python"
+                (OPS[op.name].lane != "python" and not is_begun(op))
                 or op.name == "call"
                 or bool(op.attrs.get("is_async"))
                 or any(self.waits(inner) for region in op.regions for inner in region.ops)
@@ -254,7 +262,7 @@ class Facts:
             limit = op.attrs.get("limit")
             trips = self.costs["while_trips"]
             return min(trips, float(limit)) if isinstance(limit, int) else trips
-        known = self.length(op.operands[0])
+        known = self.length(op.operands[0]) if op.name == "foreach" else None
         return self.costs["foreach_items"] if known is None else float(known)
 
     def turns(self, op: Op) -> float:
@@ -277,7 +285,11 @@ class Facts:
         found = self._seconds.get(id(op))
         if found is None:
             costs = self.costs
-            found = costs.turn_s + (self.call_seconds(str(op.attr("callee"))) if op.name == "call" else costs.own_s(op))
+            found = costs.turn_s
+            if op.name == "call":
+                found += self.call_seconds(str(op.attr("callee")))
+            elif not is_begun(op):
+                found += costs.own_s(op)
             if op.regions:
                 match op.name:
                     case "if":
@@ -295,7 +307,7 @@ class Facts:
                             for inner in op.regions[0].ops
                             if inner.name not in STATIC
                         )
-                    case _:  # try: its handlers are the exception
+                    case _:  # llm.each: its last item; try: its handlers are the exception
                         found += self.region_seconds(op.regions[0])
             self._seconds[id(op)] = found
             self._held.append(op)
@@ -424,11 +436,13 @@ def names_of(values: Iterable[Value]) -> set[str]:
 
 
 __all__ = [
+    "LOOPS",
     "STATIC",
     "Facts",
     "count_ops",
     "expression",
     "has_plain_truth",
+    "is_begun",
     "is_frozen",
     "iterates_safely",
     "names_of",

@@ -48,6 +48,7 @@ from typing import ClassVar
 
 from flowc.ir.core import Graph, Names, Op, Region, Value, names_in, substitute
 from flowc.ir.effects import has_groups
+from flowc.ir.ops import OPS
 from flowc.ir.verifier import is_plain
 
 from .core import Outcome, Pass, Remark, Verdict, describe, plural
@@ -188,7 +189,7 @@ def _awaiting_runs(region: Region, facts: Facts) -> list[list[int]]:
         is_waiting = facts.waits(ops[i])
         bits.append(1 << count if is_waiting else 0)
         count += is_waiting
-    is_quick = [not facts.waits(op) and not facts.is_observable(op) and facts.effect(op).is_pure for op in ops]
+    is_quick = [_is_quick(op, facts) for op in ops]
     runs: list[list[int]] = []
     run: list[int] = []
     own = last = 0  # bits of the run, and of the last op of it that awaits
@@ -234,6 +235,21 @@ def _consecutive(wanted: list[bool]) -> Iterator[list[int]]:
 
 def _awaits(op: Op) -> bool:
     return op.name == "py" and bool(op.attrs.get("is_async"))
+
+
+def _is_quick(op: Op, facts: Facts) -> bool:
+    """Does it take no time worth speaking of, and can nobody tell when it runs?"""
+    return (
+        OPS[op.name].lane == "python"
+        and not facts.waits(op)
+        and not facts.is_observable(op)
+        and facts.effect(op).is_pure
+    )
+
+
+def _may_join(op: Op, facts: Facts) -> bool:
+    """Is it plain Python of a turn of its own?"""
+    return OPS[op.name].lane == "python" and not facts.waits(op) and op.name != "fused"
 
 
 def _is_python(op: Op) -> bool:
@@ -285,7 +301,7 @@ def _units_with(
     region: Region, facts: Facts, data: list[set[int]], state: list[tuple[int, ...]], apart: set[int]
 ) -> list[_Unit]:
     ops = region.ops
-    is_quick = [not facts.waits(op) and not facts.is_observable(op) and facts.effect(op).is_pure for op in ops]
+    is_quick = [_is_quick(op, facts) for op in ops]
     ready = _readiness(region, data, state, is_quick, facts)
     unit_of: list[int] = []
     units: list[_Unit] = []
@@ -295,12 +311,12 @@ def _units_with(
         follows = max((unit_of[d] for deps in (data[i], state[i]) for d in deps), default=-1)
         if facts.is_observable(op):
             follows = max(follows, last_observable)
-        if facts.waits(op) or op.name == "fused" or i in apart:
+        if not _may_join(op, facts) or i in apart:
             unit = len(units)
             units.append(_Unit([i]))
             if op.name == "fused":
                 open_units.pop(ready[i], None)
-            elif i not in apart:
+            elif facts.waits(op):
                 last_waiting = unit
         else:
             unit = open_units.get(ready[i], -1)

@@ -39,7 +39,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from flowc.ir.core import Graph, Op, Region, Value
-from flowc.ir.ops import Effect
+from flowc.ir.ops import OPS, Effect
 
 from .core import Estimate, Match, Replacement, Rewrite, Verdict, describe, listed
 from .cost import CostModel
@@ -154,7 +154,7 @@ class _Motion:
         if needs >= inner:
             return None
         effect = self.facts.effect(op)
-        if effect.writes or "group" in op.attrs:
+        if effect.writes or "group" in op.attrs or OPS[op.name].is_advice:
             return None
         match = Invariant(op, loop=self.loops[-1], seconds=self.facts.seconds(op))
         if effect.is_sampled:

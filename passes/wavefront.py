@@ -59,7 +59,7 @@ class Wavefront(Pass):
                     inner = tuple(map(on_region, op.regions))
                     if any(a is not b for a, b in zip(inner, op.regions, strict=True)):
                         new = replace(op, regions=inner)
-                wave = levels[i] if OPS[op.name].lane != "python" else None
+                wave = levels[i] if OPS[op.name].lane != "python" and not OPS[op.name].is_advice else None
                 new = on_op(new, wave)
                 ops.append(new)
             if all(a is b for a, b in zip(ops, region.ops, strict=True)):
@@ -93,7 +93,7 @@ def batch_key(op: Op) -> str | None:
         return None
     target = f" @{op.attr('resource')}" if "resource" in op.attrs else ""
     rest = [f"{n} = {print_literal(op.attrs[n])}" for n in spec.batch_key if n != "resource" and n in op.attrs]
-    return f"{op.name}{target}" + (f" {{{', '.join(rest)}}}" if rest else "")
+    return f"{op.name.removeprefix('ahead.')}{target}" + (f" {{{', '.join(rest)}}}" if rest else "")
 
 
 class _Levels:
@@ -131,5 +131,8 @@ class _Levels:
                 max((level + self.depth(o) for level, o in zip(self.of(r), r.ops, strict=True)), default=0)
                 for r in op.regions
             ]
-            found = self._depths[id(op)] = sum(inner) if op.name == "while" else max(inner)
+            found = sum(inner) if op.name == "while" else max(inner)
+            if OPS[op.name].lane != "python":
+                found += 1
+            self._depths[id(op)] = found
         return found

@@ -18,7 +18,7 @@
     # unchanged
 
 The first comment of a case is its title, further ones say why; `# pass:` takes what `flowc opt -p` takes, or a level
-such as `-O2`. A case that ends in `# unchanged`, or whose output equals its input, says where a pass must not fire.
+such as `-O2`; `# rates: substage_s=0.01, ...` changes rates of the cost model. A case that ends in `# unchanged`, or whose output equals its input, says where a pass must not fire.
 Both texts must verify, and the passes must find no more to do in what they made. `pytest --update-golden` writes
 outputs; read the diff before committing it.
 """
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class Case:
     file: str = "<case>"
     line: int = 1
     after_line: int = 1
+    rates: tuple[tuple[str, float], ...] = ()
 
     def parse_before(self) -> Graph:
         return parse_graph("\n" * (self.line - 1 + len(self.head)) + self.before, self.file)
@@ -73,7 +74,7 @@ class Case:
         """What the passes make of the input."""
         before = self.parse_before()
         verify(before)
-        return apply(self.passes, before)
+        return apply(self.passes, before, dict(self.rates))
 
     def check(self) -> None:
         """Fails with a diff if the passes make something else than the case says."""
@@ -81,7 +82,7 @@ class Case:
         if found != expected:
             raise Differs(self, print_graph(expected), print_graph(found))
         verify(found)
-        again = apply(self.passes, found)
+        again = apply(self.passes, found, dict(self.rates))
         if again != found:
             raise Differs(self, print_graph(found), print_graph(again), "running the passes again changes the output:")
 
@@ -99,13 +100,14 @@ class Differs(AssertionError):
         super().__init__("\n".join([f"{case.file}:{case.line}: {case.title}", message, *diff, hint]))
 
 
-def apply(passes: str, graph: Graph) -> Graph:
+def apply(passes: str, graph: Graph, rates: Mapping[str, float]) -> Graph:
     """The graph after the passes, verified after each."""
+    from flowc.passes.cost import CostModel
     from flowc.passes.manager import PassManager, parse_pipeline, pipeline
 
     level = re.fullmatch(r"-O(\d)", passes)
     steps = pipeline(int(level[1])) if level else parse_pipeline(passes)
-    return PassManager(steps, verify_each=True).run(graph).graph
+    return PassManager(steps, verify_each=True, costs=CostModel(rates)).run(graph).graph
 
 
 def split(text: str, file: str = "<cases>") -> list[Case]:
@@ -128,7 +130,8 @@ def _case(lines: list[str], file: str, begin: int) -> Case:
         head += 1
     comments = [line[1:].strip() for line in lines[:head] if line.startswith("#")]
     named = [c.removeprefix("pass:").strip() for c in comments if c.startswith("pass:")]
-    titles = [c for c in comments if not c.startswith("pass:")]
+    rates = [c.removeprefix("rates:") for c in comments if c.startswith("rates:")]
+    titles = [c for c in comments if not c.startswith(("pass:", "rates:"))]
     if not titles or len(named) != 1:
         raise Malformed(f"{file}:{begin}: a case begins with a comment, its title, and one `# pass: NAME`")
     ends = [i for i, line in enumerate(lines) if line.rstrip() in (AFTER, UNCHANGED)]
@@ -141,8 +144,14 @@ def _case(lines: list[str], file: str, begin: int) -> Case:
     before = "\n".join(lines[head:end])
     has_after = lines[end].rstrip() == AFTER
     return Case(
-        titles[0], named[0], tuple(lines[:head]), before, after if has_after else None, file, begin, begin + end + 1
+        *(titles[0], named[0], tuple(lines[:head]), before, after if has_after else None),
+        *(file, begin, begin + end + 1, _rates(",".join(rates))),
     )
+
+
+def _rates(text: str) -> tuple[tuple[str, float], ...]:
+    """The rates that `name=seconds, name=seconds` gives."""
+    return tuple((name.strip(), float(rate)) for name, _, rate in (p.partition("=") for p in text.split(",")) if name)
 
 
 def join(cases: Iterable[Case]) -> str:
@@ -155,7 +164,9 @@ def from_docstring(text: str, passes: str) -> Case:
     found = re.search(r"^Before:\n((?:    .*\n|\n)+)After:\n((?:    .*\n)+)", text, re.MULTILINE)
     if found is None:
         raise Malformed("the docstring has no `Before:` and `After:` with indented IR text")
-    return Case(f"docstring of {passes}", passes, (), found[1].rstrip("\n"), found[2].rstrip("\n"))
+    rates = re.search(r"^Rates: (.*)\.$", text, re.MULTILINE)
+    known = _rates(rates[1]) if rates is not None else ()
+    return Case(f"docstring of {passes}", passes, (), found[1].rstrip("\n"), found[2].rstrip("\n"), rates=known)
 
 
 def updated(case: Case) -> Case:
