@@ -719,9 +719,22 @@ def test_print_after_and_remarks(cli: Flowc) -> None:
     head, *rows = remarks.out.splitlines()
     assert head == "pass\tfired\toperation\tplace\twhy"
     assert any(row.startswith("wavefront\tyes\t") for row in rows)
+    everything = cli("compile", "qa.py:answer", "--print-after-all").out
+    assert everything == cli("compile", "qa.py:answer", "--print-after", "all").out
+    assert everything.count("\nworkflow @answer") >= 5
     bad = cli("compile", "qa.py:answer", "--print-after", "prune")
     assert bad.code == 2
     assert "prune-edges" in bad.err
+
+
+def test_the_difference_between_two_points(cli: Flowc) -> None:
+    assert cli("compile", "qa.py:answer", "--diff", "final", "O2").out == ""
+    levels = cli("compile", "qa.py:answer", "--diff", "O1", "O2").out
+    assert levels.startswith("--- O1\n+++ O2\n")
+    assert re.search(r"^\+.*wave = 0", levels, re.MULTILINE)
+    bad = cli("compile", "qa.py:answer", "--diff", "captured", "wavefrnt")
+    assert bad.code == 2
+    assert "wavefront" in bad.err
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,13 @@ def compile_(
     print_after: Annotated[
         list[str] | None, typer.Option("--print-after", help="Print the IR after this pass (or `all`).", metavar="PASS")
     ] = None,
+    print_all: Annotated[bool, typer.Option("--print-after-all", help="Print the IR after every pass.")] = False,
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--diff", help="Print how B differs from A: a pass, `captured`, `final`, or O0 to O3.", metavar="A B"
+        ),
+    ] = None,
     remarks: Annotated[
         bool, typer.Option("--remarks", help="Print what each pass did where, and why not elsewhere.")
     ] = False,
@@ -55,8 +62,10 @@ def compile_(
 ) -> None:
     """Compile a workflow; print its IR, or write IR, pictures and JSON with -o.
 
-    Without -o, --print-after and --remarks the compiled IR goes to stdout.
+    Without -o, --print-after, --diff and --remarks the compiled IR goes to stdout.
     """
+    if print_all:
+        print_after = ["all"]
     wanted = _emits(emits)
     if emits is not None and out is None:
         fail("--emit needs a folder to write to", hint="add -o DIR")
@@ -76,9 +85,11 @@ def compile_(
         if print_after and ("all" in print_after or stage.pass_name in print_after):
             emit(f"# {index + 1:02d} {stage.pass_name}{'' if stage.changed else ' (unchanged)'}")
             emit(_text(stage.graph))
+    if diff is not None:
+        emit(_diff(compilation, *diff))
     if remarks:
         print_remarks(compilation.remarks)
-    if out is None and not print_after and not remarks:
+    if out is None and not print_after and not remarks and diff is None:
         emit(_text(compilation.graph))
     stages = [path for path in written if Path(path).parent.name == "ir"]
     for path in written:
@@ -167,6 +178,24 @@ def _run_passes(graph: Graph, level: int | None, passes: str | None) -> Compilat
 
     chosen = parse_pipeline(passes or "") if level is None else pipeline(level)
     return PassManager(chosen, verify_each=True, level=level).run(graph)
+
+
+def _diff(c: Compilation, a: str, b: str) -> str:
+    """The unified difference between the IR at two points; empty if there is none."""
+    import difflib
+
+    texts = [_text(_at(c, name)).splitlines(keepends=True) for name in (a, b)]
+    return "".join(difflib.unified_diff(*texts, fromfile=a, tofile=b))
+
+
+def _at(c: Compilation, name: str) -> Graph:
+    """The workflow as captured, after a pass (its last run), at the end, or at a level."""
+    stages = {"captured": c.captured, **{s.pass_name: s.graph for s in c.stages}, "final": c.graph}
+    if name in stages:
+        return stages[name]
+    if name in ("O0", "O1", "O2", "O3"):
+        return _run_passes(c.captured, int(name[1]), None).graph
+    return fail(f"there is no point `{name}` to compare", hint=f"one of {', '.join(stages)}, or O0 to O3")
 
 
 def _read(file: str) -> str:
