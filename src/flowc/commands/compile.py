@@ -85,8 +85,8 @@ def compile_(
         if print_after and ("all" in print_after or stage.pass_name in print_after):
             emit(f"# {index + 1:02d} {stage.pass_name}{'' if stage.changed else ' (unchanged)'}")
             emit(_text(stage.graph))
-    if diff is not None:
-        emit(_diff(compilation, *diff))
+    if diff is not None and (changed := _diff(compilation, *diff)):
+        emit(changed)
     if remarks:
         print_remarks(compilation.remarks)
     if out is None and not print_after and not remarks and diff is None:
