@@ -11,7 +11,7 @@ padding all sequences to the longest.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,11 +26,15 @@ NAME = "flowc_paged"
 
 @dataclass(slots=True)
 class Span:
-    """The new tokens of one sequence in a step: `rows` of the packed row; its cache holds `length` tokens with them."""
+    """The new tokens of one sequence in a step: `rows` of the packed row; its cache holds `length` tokens with them.
+
+    `key` names the sequence from step to step where a copy of its cache may be kept, see `decode_cache`.
+    """
 
     rows: slice
     length: int
     blocks: torch.Tensor  # (blocks of the sequence,) int64, in order
+    key: Hashable | None = None
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ safe and a probe step shows every layer calling the interface once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from flowc.ir.errors import ResourceError
 
 from . import attention
 from .attention import Layout, Span
+from .fused import FusedModel, fused
+from .packed import pack_linears
 from .pool import KVPool
 
 _SAFE_LAYERS = {"full_attention", "sliding_attention"}
@@ -44,6 +46,7 @@ class PagedModel:
     def __init__(self, model: Any, name: str) -> None:
         self.model = model
         self.name = name
+        self.fused: FusedModel | None = None
         self.config = model.config.get_text_config(decoder=True)
         reason = why_not_paged(self.config, model)
         if reason:
@@ -58,6 +61,24 @@ class PagedModel:
         except BaseException:
             model.set_attn_implementation(before)  # whoever runs it instead finds it as it was
             raise
+
+    def pack(self, decode_tokens: int) -> int:
+        """Packs the linear weights for the CPU (see `packed`) and says how many: 0 where that cannot be.
+
+        A plain decoder is put together anew for this (see `fused`), if that gives its own logits; copies of sequences
+        that decode then take up to `decode_tokens` tokens. Before the first step only: cached keys lie otherwise after.
+        """
+        with torch.inference_mode():
+            candidate = fused(self.model, decode_tokens)
+            if candidate is None or not self._agrees(candidate):
+                return pack_linears(self.model)
+        self.fused = candidate
+        return 4 * self.shape.layers + 1
+
+    def forget(self, key: Hashable) -> None:
+        """Drops what is kept from step to step for a sequence that is done."""
+        if self.fused is not None:
+            self.fused.decode.drop(key)
 
     def new_pool(self, blocks: int, block_size: int, *, on_host: bool = False, poison: bool = False) -> KVPool:
         """A pool of this model's shape, next to the model or on the host."""
@@ -78,6 +99,8 @@ class PagedModel:
         self, tokens: Sequence[int], positions: Sequence[int], layout: Layout, rows: Sequence[int]
     ) -> torch.Tensor:
         """Logits, of shape (len(rows), vocab), of the tokens at `rows`; keys and values of all go into the cache."""
+        if self.fused is not None:
+            return self.fused.forward(tokens, positions, layout, rows)
         with attention.use(layout):
             out = self.model(
                 input_ids=torch.tensor([list(tokens)], device=self.device),
@@ -117,6 +140,25 @@ class PagedModel:
                 f"{len(set(layout.seen_layers))} of its {layers} layers use transformers' attention interface"
             )
         return Shape(layers, kv_heads, head_dim)
+
+    def _agrees(self, candidate: FusedModel) -> bool:
+        """Does `candidate` give the model's own logits, for a prompt, its continuation, and tokens one by one?"""
+        tokens = [(7 * i + 1) % self.config.vocab_size for i in range(24)]
+        steps = [(0, 13, None), (13, 21, None), (21, 22, None), (22, 23, "probe"), (23, 24, "probe")]
+        found: list[list[torch.Tensor]] = []
+        for forward in (self.forward, candidate.forward):
+            pool = self.new_pool(7, 4)
+            blocks = torch.tensor([4, 2, 6, 1, 5, 3])
+            tables: list[torch.Tensor] = []
+            for start, end, key in steps:
+                at = torch.arange(start, end)
+                span = Span(slice(0, end - start), end, blocks[: -(-end // 4)], key)
+                layout = Layout(pool, blocks[at // 4], at % 4, [span])
+                tables.append(forward(tokens[start:end], range(start, end), layout, range(end - start)).float())
+            found.append(tables)
+        candidate.decode.drop("probe")
+        tolerance = 1e-4 if self.dtype == torch.float32 else 0.05
+        return all(float((a - b).norm() / a.norm()) <= tolerance for a, b in zip(*found, strict=True))
 
     def _refused(self, reason: str) -> NotPagedError:
         return NotPagedError(

@@ -22,7 +22,7 @@ class PackedLinear(nn.Module):
     def __init__(self, plain: nn.Linear, rows: int) -> None:
         super().__init__()
         self.plain = plain
-        self.packed: Any = torch.ops.mkldnn._reorder_linear_weight(plain.weight.detach(), rows)
+        self.packed = pack(plain.weight, rows)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -41,21 +41,27 @@ class PackedLinear(nn.Module):
         return out
 
 
+def pack(weight: torch.Tensor, rows: int = 16) -> Any:
+    """A copy of a linear weight in oneDNN's order for about `rows` rows; the order serves other numbers of rows too."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
+
+
+def can_pack(weight: torch.Tensor) -> bool:
+    """Is oneDNN there, and would it pack weights of this type where this one is?"""
+    return torch._C._has_mkldnn and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+
+
 def pack_linears(model: nn.Module, rows: int = 16, least_weights: int = LEAST_WEIGHTS) -> int:
     """Packs the linear layers of a model in place, for batches of about `rows` rows; how many it packed.
 
-    Smaller ones than `least_weights` stay plain.
-
-    None where the model is not on the CPU, oneDNN is absent, or the weights are of a type that it does not pack.
+    Smaller ones than `least_weights` stay plain. None is packed that `can_pack` says no to.
     """
-    if not torch._C._has_mkldnn:
-        return 0
     found = [
         (parent, name, child)
         for parent in model.modules()
         if not isinstance(parent, PackedLinear)
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and child.weight.numel() >= least_weights and _is_packable(child.weight)
+        if type(child) is nn.Linear and child.weight.numel() >= least_weights and can_pack(child.weight)
     ]
     with torch.inference_mode():
         for parent, name, child in found:
@@ -72,7 +78,3 @@ def copies_fit(model: nn.Module) -> bool:
     except (AttributeError, OSError, ValueError):  # a system that does not say
         return False
     return 4 * wanted <= free
-
-
-def _is_packable(weight: torch.Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
