@@ -4,9 +4,15 @@ Each step takes the next token of every decoding sequence and fills the rest of 
 so that a long prompt never stops the others. A sequence starts from the longest cached prefix of its tokens; one whose
 next block another sequence is just computing waits for that block instead of computing it again, so that a fan-out
 prefills its common prefix once. When blocks run out, cached ones that nobody uses go first, to the host if there is a
-host tier; then the sequence of the lowest rank gives its blocks back. Its full blocks stay cached as long as they can;
+host tier; then the sequence of the last rank gives its blocks back. Its full blocks stay cached as long as they can;
 the rest is computed again later. A prefix on the host is loaded where that is sooner than computing it; who waits for a
 load is skipped, and the others go on.
+
+Who goes first, at every choice, is who has the lower `Ticket.priority` at this step, then who came first. What was
+asked for ahead of time (`prefill`) comes after all others, until one of them waits for it: then it has that one's turn
+(Sha et al., "Priority Inheritance Protocols", 1990). A prefix is found by its exact tokens in whole blocks, so what was
+prefilled from the beginning of a text serves any prompt as far as their tokens agree: the last few of the beginning may
+be cut otherwise there, and are then computed.
 
 Yu et al., "Orca", OSDI 2022 (iteration-level scheduling); Agrawal et al., "Sarathi-Serve", OSDI 2024 (chunked prefill
 beside decode); Zheng et al., "SGLang", 2024 (prefix tree).
@@ -17,19 +23,25 @@ from __future__ import annotations
 import enum
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import TypeVar
 
 import torch
 
 from flowc.ir.errors import ResourceError
+from flowc.runtime.protocols import Ticket
 
 from .attention import Layout, Span
 from .copies import Copier, Copy, Costs, ThreadCopier
 from .model import PagedModel
 from .policies import POLICIES
 from .prefix_tree import Node, PrefixTree, State
-from .sequence import Sequence
+from .sequence import Owner, Sequence
+
+T = TypeVar("T")
 
 
 def greedy(sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
@@ -75,12 +87,38 @@ class Room(enum.Enum):
     NONE = enum.auto()
 
 
+class _Ahead:
+    """Wants a prefix computed before anybody asks for its continuation; hears when it is."""
+
+    def __init__(self, is_computed: Callable[[], None], is_dropped: Callable[[], None]) -> None:
+        self.is_computed, self.is_dropped = is_computed, is_dropped
+        self.is_released = False
+
+    def accept(self, sequence: Sequence, token: int) -> bool:
+        raise AssertionError("a prefix decodes nothing")
+
+    def targets(self, sequence: Sequence) -> list[int]:
+        raise AssertionError("a prefix is not scored")
+
+    def is_wanted(self, sequence: Sequence) -> bool:
+        return not self.is_released
+
+    def ended(self, sequence: Sequence, error: Exception | None) -> None:
+        if not self.is_released:
+            (self.is_computed if error is None else self.is_dropped)()
+
+
 class Engine:
-    """Runs sequences over one model. `submit`, `hint`, `release`, `pin` and `close` may be called from anywhere.
+    """Runs sequences over one model. What has no underscore may be called from anywhere, `step` and `check` aside.
 
     `pick` chooses the next tokens of the sequences that decode, from logits of shape (sequences, vocab). `host_blocks`
     blocks of host memory take what must leave the device. `policy` is one of `policies.POLICIES`. An announced prefix
-    that is at most `prefetch_steps` steps away is brought back from the host. `poison` fills free blocks with NaN.
+    that is at most `prefetch_steps` steps away is brought back from the host; None: only who needs it has it loaded.
+    `dedup` False computes again what another sequence is just computing. `poison` fills free blocks with NaN.
+
+    `batch_invariant` gives a request the same logits, bit for bit, whoever else is in the step, whatever the budget of
+    steps and whatever is cached: each sequence runs alone, its prompt in pieces of one block and its answer token by
+    token, and only blocks computed in one piece are shared. That costs most of what batching gains.
     """
 
     def __init__(
@@ -93,7 +131,9 @@ class Engine:
         max_sequences: int = 64,
         host_blocks: int = 0,
         policy: str = "workflow",
-        prefetch_steps: float = 1.0,
+        prefetch_steps: float | None = 1.0,
+        dedup: bool = True,
+        batch_invariant: bool = False,
         pick: Picker = greedy,
         copier: Copier | None = None,
         costs: Costs | None = None,
@@ -113,11 +153,15 @@ class Engine:
         self.stats = Stats()
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
+        self.idle: list[Sequence] = []  # sessions at rest; they keep their blocks until others need them
+        self.dedup = dedup
+        self.batch_invariant = batch_invariant
         self._pick = pick
         self._clock = clock
         self._prefetch_steps = prefetch_steps
         self._near: dict[Hashable, tuple[list[int], float]] = {}  # announced prefixes that should be on the device
         self._prefetches: dict[Hashable, Copy] = {}
+        self._ahead: dict[Hashable, tuple[Sequence, _Ahead]] = {}  # prefixes computed ahead of time, or being so
         self._inbox: list[Sequence] = []
         self._commands: list[Callable[[], None]] = []
         self._arrivals = 0
@@ -136,13 +180,43 @@ class Engine:
             if self._is_closed:
                 raise ResourceError("the engine is closed", hint="open the backend again")
             for s in sequences:
-                s.order = self._arrivals
-                self._arrivals += 1
+                s.order = self._next_order()
                 self._inbox.append(s)
-            if self._thread is None:
+            self.start()
+            self._wake.notify()
+
+    def start(self) -> None:
+        """Starts the engine's thread; `submit` does so too. Without it `step` is called by hand."""
+        with self._wake:
+            if self._thread is None and not self._is_closed:
                 self._thread = threading.Thread(target=self._loop, name=f"flowc-engine-{self.model.name}", daemon=True)
                 self._thread.start()
+
+    def ask(self, question: Callable[[], T]) -> T:
+        """What `question` gives back or raises, asked between two steps: it may look at sequences and change them.
+
+        Waits for the step under way. Not to be called from within a step, say by an owner.
+        """
+        with self._wake:
+            if self._is_closed:
+                raise ResourceError("the engine is closed", hint="open the backend again")
+            assert threading.current_thread() is not self._thread, "asked from within a step"
+            if self._thread is None:
+                return question()
+            answer: Future[T] = Future()
+            self._commands.append(lambda: _answer(answer, question))
             self._wake.notify()
+        return answer.result()
+
+    def prefill(self, key: Hashable, tokens: Iterable[int], ticket: Ticket | None = None) -> None:
+        """Computes the whole blocks of a prefix once there is room, and keeps them cached until `release(key)`.
+
+        It takes the place of what `key` had computed before, unless that begins with it. Comes after all sequences but
+        those that wait for it; pushes nothing out that is kept or announced for now. What is kept goes before a running
+        sequence has to, and is not computed again for this.
+        """
+        prefix = list(tokens)
+        self._tell(lambda: self._prefill(key, prefix, ticket))
 
     def hint(self, key: Hashable, tokens: Iterable[int], steps: float) -> None:
         """Announces that `key` (say, a program and its agent) reads a prefix in `steps` steps.
@@ -153,7 +227,7 @@ class Engine:
         self._tell(lambda: self._hint(key, prefix, steps))
 
     def release(self, key: Hashable) -> None:
-        """Takes an announcement back; what was being fetched for it is left where it is."""
+        """Takes announcement and prefill back; what was being fetched or computed for it is left where it is."""
         self._tell(lambda: self._unhint(key))
 
     def pin(self, tokens: Iterable[int], ttl_s: float) -> None:
@@ -170,6 +244,10 @@ class Engine:
             self._thread.join()
         if self._copier is not None:
             self._copier.close()
+
+    def _next_order(self) -> int:
+        self._arrivals += 1
+        return self._arrivals
 
     def _tell(self, command: Callable[[], None]) -> None:
         with self._wake:
@@ -191,6 +269,7 @@ class Engine:
                     closed = self._is_closed
                 self.waiting += arrived
                 if closed:
+                    self._obey()
                     self._end_all(ResourceError("the engine was closed", hint="open the backend again"))
                     return
                 try:
@@ -206,11 +285,8 @@ class Engine:
                 self._wake.wait(0.01)  # cancellations are polled
 
     def _end_all(self, error: Exception) -> None:
-        for s in [*self.running, *self.waiting]:
-            self._free(s)
-            s.is_finished = True
-            s.owner.ended(s, error)
-        self.running, self.waiting = [], []
+        for s in [*self.running, *self.waiting, *self.idle]:
+            self._finish(s, error)
 
     def step(self) -> bool:
         """One forward pass over what the schedule chose, and what follows from it; False if nothing could run."""
@@ -237,39 +313,42 @@ class Engine:
             else:
                 self.stats.prefill_tokens += count
             self._computed(s, count)
-            if table is None:
-                continue
-            if s.scored is not None:
+            if s.scored is not None and table is not None:
                 self._score(s, table, count)
-                if not s.pending:
-                    self._finish(s, None)
-                continue
-            decoding.append((s, table[-1]))
-        if decoding:
-            rows = torch.stack([row for _, row in decoding])
-            for (s, _), token in zip(decoding, self._pick([s for s, _ in decoding], rows), strict=True):
-                if s.owner.accept(s, token):
-                    s.tokens.append(token)
-                else:
-                    self._finish(s, None)
+            elif table is not None:
+                decoding.append((s, table[-1]))
+            if not s.pending and (s.scored is not None or s.until is not None):
+                self._end_stage(s)
+        for (s, _), token in zip(decoding, self._next_tokens(decoding), strict=True):
+            s.tokens.append(token)
+            if not s.owner.accept(s, token):
+                self._end_stage(s)
         return True
+
+    def _next_tokens(self, decoding: list[tuple[Sequence, torch.Tensor]]) -> list[int]:
+        together = [(s, row) for s, row in decoding if s.choose is None]
+        picked = iter(self._pick([s for s, _ in together], torch.stack([r for _, r in together])) if together else ())
+        return [next(picked) if s.choose is None else s.choose(row) for s, row in decoding]
 
     def _listen(self) -> None:
         """Takes note of what came from outside: announcements and copies that ended."""
-        with self._wake:
-            commands, self._commands = self._commands, []
         self.tree.advance(self._clock())
-        for command in commands:
-            command()
+        self._obey()
         self.tree.poll()
         self._prefetch()
         self.stats.evicted_blocks = self.tree.evicted_blocks
         self.stats.offloaded_blocks = self.tree.offloaded_blocks
         self.stats.loaded_blocks = self.tree.loaded_blocks
 
+    def _obey(self) -> None:
+        with self._wake:
+            commands, self._commands = self._commands, []
+        for command in commands:
+            command()
+
     def _hint(self, key: Hashable, tokens: list[int], steps: float) -> None:
         self.tree.hint(key, tokens, steps)
-        if steps > self._prefetch_steps or self._copier is None:
+        if self._copier is None or self._prefetch_steps is None or steps > self._prefetch_steps:
             self._unfetch(key)
         else:
             self._near[key] = (tokens, steps)
@@ -277,6 +356,26 @@ class Engine:
     def _unhint(self, key: Hashable) -> None:
         self.tree.release(key)
         self._unfetch(key)
+        self._stop_prefill(key)
+        self.tree.unkeep(key)
+
+    def _prefill(self, key: Hashable, tokens: list[int], ticket: Ticket | None) -> None:
+        whole = tokens[: min(len(tokens) // self.block_size, self.pool.usable) * self.block_size]
+        known = self._ahead.get(key)
+        if known is not None and known[0].tokens[: len(whole)] == whole:
+            known[0].ticket = ticket
+            return
+        self._stop_prefill(key)  # what it kept stays until the other is there
+        if whole:
+            owner = _Ahead(lambda: self.tree.keep(key, whole), lambda: self._stop_prefill(key))
+            order = self._next_order()
+            s = Sequence(whole, owner, order, ticket, is_background=True, until=len(whole))
+            self._ahead[key] = s, owner
+            self.waiting.append(s)
+
+    def _stop_prefill(self, key: Hashable) -> None:
+        if key in self._ahead:
+            self._ahead.pop(key)[1].is_released = True
 
     def _unfetch(self, key: Hashable) -> None:
         self._near.pop(key, None)
@@ -302,41 +401,96 @@ class Engine:
         """(sequence, how many of its next tokens) for one step."""
         budget = self.max_step_tokens
         batch: list[tuple[Sequence, int]] = []
-        self.running.sort(key=lambda s: (s.pending != 1, s.rank))  # who decodes goes first
-        for s in list(self.running):
-            if s not in self.running:  # it gave its blocks to one before it
-                continue
-            count = min(s.pending, budget)
-            if count and self._make_room(s, count) is Room.MADE:
-                batch.append((s, count))
-                budget -= count
-        self.waiting.sort(key=lambda s: s.rank)
-        computing = {key for s in self.running if (key := self._next_block(s, len(s.nodes))) is not None}
-        for s in list(self.waiting):
-            if budget <= 0 or len(self.running) >= self.max_sequences:
+        self._take_turns()
+        computing: dict[BlockKey, Sequence] = {}
+        for s in self.running:
+            self._note_computing(s, computing)
+        by_rank = attrgetter("rank")
+        decoding = sorted((s for s in self.running if s.pending == 1), key=by_rank)
+        others = sorted([*(s for s in self.running if s.pending != 1), *self.waiting], key=by_rank)
+        arrived = set(self.waiting)
+        is_full = False
+        for s in [*decoding, *others]:
+            if budget <= 0:
                 break
-            may_start = self._admit(s, computing)
-            if may_start is Start.LATER:
+            is_new = s in arrived
+            if not is_new and s not in self.running:  # it gave its blocks to one before it
                 continue
-            if may_start is Start.NO_ROOM:
-                break  # nobody overtakes it, or it might wait for ever
-            count = min(s.pending, budget)
-            room = self._make_room(s, count, may_preempt=False)
+            if is_new:
+                if is_full:  # nobody overtakes who waits for room, or that might be for ever
+                    continue
+                may_start = self._admit(s, computing)
+                is_full = may_start is Start.NO_ROOM
+                if may_start is not Start.NOW:
+                    continue
+                if not s.pending:  # all that it wants is cached
+                    self._end_stage(s)
+                    continue
+            count = self._chunk(s, budget)
+            room = self._make_room(s, count, may_preempt=not is_new)
             if room is not Room.MADE:
-                self._free(s)
-                if self.running or batch or room is Room.SOON or self.tree.is_loading:
-                    break
-                self._finish(s, self._too_small(s))  # it has the whole pool to itself
+                if is_new:
+                    is_full = True
+                    self._free(s)
+                    if not (self.running or room is Room.SOON or self.tree.is_loading):
+                        self._finish(s, self._too_small(s))  # it has the whole pool to itself
+                        is_full = False
                 continue
-            self.stats.reused_tokens += s.computed
-            self.waiting.remove(s)
-            self.running.append(s)
+            if is_new:
+                self.waiting.remove(s)
+                self.running.append(s)
+                self._note_computing(s, computing)
+                if not s.is_background:
+                    self.stats.reused_tokens += s.computed
             batch.append((s, count))
             budget -= count
-            following = self._next_block(s, len(s.nodes))
-            if following is not None:
-                computing.add(following)
         return [(s, n) for s, n in batch if s in self.running]
+
+    def _take_turns(self) -> None:
+        """Reads everybody's turn anew; who computes what another waits for has at least that one's."""
+        for group in (self.running, self.waiting):
+            for s in group:
+                s.rank = s.own_rank
+        for s in self.waiting:
+            if s.waits_for is not None:
+                s.waits_for.rank = min(s.waits_for.rank, s.rank)
+
+    def _chunk(self, s: Sequence, budget: int) -> int:
+        """How many tokens a sequence computes in a step with so much left of its budget."""
+        if not self.batch_invariant:
+            return min(s.pending, budget)
+        count = 0
+        for piece in self._pieces(s, s.pending):
+            if count >= budget:
+                break
+            count += piece  # pieces are never cut, so the last may go over
+        return count
+
+    def _pieces(self, s: Sequence, count: int) -> Iterator[int]:
+        """How the next tokens of a sequence are cut in the batch-invariant mode, from what the request says alone."""
+        at, end, size = s.computed, s.computed + count, self.block_size
+        while at < end:
+            piece = min((at // size + 1) * size, s.prompt_tokens, end) - at if at < s.prompt_tokens else 1
+            yield piece
+            at += piece
+
+    def _note_computing(self, s: Sequence, computing: dict[BlockKey, Sequence]) -> None:
+        """Takes note of the block that a sequence is about to compute, if it will be shared then."""
+        at = len(s.nodes)
+        if self.dedup and at == s.computed // self.block_size and (at + 1) * self.block_size <= self._shareable(s):
+            following = self._next_block(s, at)
+            if following is not None:
+                computing.setdefault(following, s)
+
+    def _shareable(self, s: Sequence) -> int:
+        """How many tokens of a sequence others may share once they are computed.
+
+        Of a scored one its prompt: nobody continues its options (Du et al., "PrefillOnly", 2025).
+        """
+        goal = len(s.tokens) if s.until is None else s.until
+        if s.scored is not None:
+            return s.scored
+        return min(s.prompt_tokens, goal) if self.batch_invariant else goal
 
     def _next_block(self, s: Sequence, at: int, nodes: list[Node] | None = None) -> BlockKey | None:
         """What names the block after the first `at` of a sequence: the node above and its tokens; None if not full."""
@@ -345,28 +499,50 @@ class Engine:
         above = s.nodes if nodes is None else nodes
         return (above[at - 1] if at else None, tokens) if len(tokens) == self.block_size else None
 
-    def _admit(self, s: Sequence, computing: set[BlockKey]) -> Start:
+    def _admit(self, s: Sequence, computing: dict[BlockKey, Sequence]) -> Start:
         """Gives a waiting sequence its cached prefix, unless a block of it is being computed or loaded."""
-        path = self.tree.match(s.tokens, s.reusable)
-        resident = next((i for i, n in enumerate(path) if n.block is None), len(path))
-        nodes, absent = path[:resident], path[resident:]
-        at = len(nodes) * self.block_size
-        following = self._next_block(s, len(nodes), nodes)
-        if following in computing and at + self.block_size <= s.reusable:
-            self.stats.waits_for_prefix += 1
-            return Start.LATER
-        need = -(-(len(s.tokens) + s.limit // 2) // self.block_size) - len(nodes)
-        held = sum(1 for n in nodes if not n.holders)
-        if self.running and self.pool.free + self.tree.evictable - held < need:
-            return Start.NO_ROOM  # it would soon push somebody out
-        if absent and self._is_coming(path, absent):
+        s.waits_for = None
+        path: list[Node] = []
+        absent: list[Node] = []
+        if not s.blocks:  # else it is a session that kept its own
+            path = self.tree.match(s.tokens, s.reusable)
+            resident = next((i for i, n in enumerate(path) if n.block is None), len(path))
+            path, absent = path[:resident], path[resident:]
+            at = len(path) * self.block_size
+            following = self._next_block(s, len(path), path)
+            leader = computing.get(following) if following is not None else None
+            if leader is not None and leader in self.running and at + self.block_size <= s.reusable:
+                self.stats.waits_for_prefix += 1
+                s.waits_for = leader
+                return Start.LATER
+        if not self._gets_place(s, path):
+            return Start.NO_ROOM
+        if absent and self._is_coming([*path, *absent], absent):
             self.stats.waits_for_load += 1
             return Start.LATER
-        self.tree.hold(nodes)
-        s.nodes = nodes
-        s.blocks = [n.device_block for n in nodes]
-        s.computed = at
+        if not s.blocks:
+            self.tree.hold(path)
+            s.nodes = path
+            s.blocks = [n.device_block for n in path]
+            s.computed = len(path) * self.block_size
+        s.log_probability = 0.0  # all of it is scored again
         return Start.NOW
+
+    def _gets_place(self, s: Sequence, path: list[Node]) -> bool:
+        """Is there a place for a sequence and likely room to its end? Whose program comes later gives way to it."""
+        need = -(-(len(s.tokens) + s.limit // 2) // self.block_size) - max(len(path), len(s.blocks))
+        while self.running:
+            held = sum(1 for n in path if not n.holders)
+            has_room = self.pool.free + self.tree.evictable - held >= need
+            if has_room and len(self.running) < self.max_sequences:
+                break
+            if not has_room and self._drop_idle(s):
+                continue
+            last = max(self.running, key=attrgetter("rank"))
+            if last.rank[:2] <= s.rank[:2]:
+                return False
+            self._preempt(last)
+        return True
 
     def _is_coming(self, path: list[Node], absent: list[Node]) -> bool:
         """Are the next blocks of a sequence being loaded? Starts to load them where that is sooner than computing."""
@@ -378,20 +554,31 @@ class Engine:
         return self.tree.load(path[: len(path) - len(absent) + there]) is not None or self.tree.is_offloading
 
     def _make_room(self, s: Sequence, count: int, *, may_preempt: bool = True) -> Room:
-        """Blocks for the next `count` tokens of a sequence; evicts and preempts for them."""
+        """Blocks that a sequence may write its next `count` tokens to; evicts and preempts for them."""
         wanted = -(-(s.computed + count) // self.block_size)
-        while len(s.blocks) < wanted:
+        at = s.computed // self.block_size
+        while True:
+            is_shared = at < len(s.blocks) and self.pool.references[s.blocks[at]] > 1  # with a fork, or with the tree
+            if len(s.blocks) >= wanted and not is_shared:
+                return Room.MADE
             block = self.pool.allocate()
             if block is not None:
-                s.blocks.append(block)
+                if is_shared:
+                    self.pool.copy(s.blocks[at], block)
+                    self.pool.release([s.blocks[at]])
+                    s.blocks[at] = block
+                else:
+                    s.blocks.append(block)
                 continue
-            if self.tree.evict(1):
+            if self.tree.evict(1, farther_than=0.0 if s.rank[0] else -1.0):
                 continue
             if self.tree.is_offloading:
                 return Room.SOON
+            if self._drop_idle(s):
+                continue
             if not may_preempt:
                 return Room.NONE
-            victim = max(self.running, key=lambda r: r.rank)
+            victim = max(self.running, key=attrgetter("rank"))
             if victim is s and len(self.running) == 1:
                 if self.tree.is_loading:
                     return Room.SOON  # what is loaded for others can go when it has arrived
@@ -400,7 +587,13 @@ class Engine:
             self._preempt(victim)
             if victim is s:
                 return Room.NONE
-        return Room.MADE
+
+    def _drop_idle(self, but: Sequence) -> bool:
+        """Takes the blocks of a session that rests or has not gone on yet; is there one? Of several the last."""
+        holding = [s for s in (*self.idle, *self.waiting) if s.blocks and s is not but]
+        if holding:
+            self._free(max(holding, key=attrgetter("own_rank")))
+        return bool(holding)
 
     def _preempt(self, s: Sequence) -> None:
         """Takes a sequence's blocks; what is cached of it may still be there when it comes back."""
@@ -419,6 +612,21 @@ class Engine:
     # -- running it
     def _forward(self, batch: list[tuple[Sequence, int]]) -> list[torch.Tensor | None]:
         """For each sequence of the batch the logits that it needs, of shape (n, vocab); None for a chunk in between."""
+        if not self.batch_invariant:
+            return self._pass([(s, s.computed, s.computed + count) for s, count in batch])
+        found: list[torch.Tensor | None] = []
+        for s, count in batch:
+            at, tables = s.computed, []
+            for piece in self._pieces(s, count):
+                (table,) = self._pass([(s, at, at + piece)])
+                at += piece
+                if table is not None:
+                    tables.append(table)
+            found.append(torch.cat(tables) if tables else None)
+        return found
+
+    def _pass(self, parts: list[tuple[Sequence, int, int]]) -> list[torch.Tensor | None]:
+        """Runs tokens (from, to) of some sequences through the model, packed; gives back what `_forward` does."""
         size = self.block_size
         tokens: list[int] = []
         positions: list[int] = []
@@ -428,19 +636,19 @@ class Engine:
         spans: list[Span] = []
         taken: list[int] = []
         device = self.model.device
-        for s, count in batch:
-            start, end = s.computed, s.computed + count
+        for s, start, end in parts:
             first = len(tokens)
             tokens += s.tokens[start:end]
             positions += range(start, end)
             block += [s.blocks[p // size] for p in range(start, end)]
             offset += [p % size for p in range(start, end)]
             used = s.blocks[: -(-end // size)]
-            spans.append(Span(slice(first, first + count), end, torch.tensor(used, device=device)))
+            key = None if self.batch_invariant else s
+            spans.append(Span(slice(first, len(tokens)), end, torch.tensor(used, device=device), key))
             if s.scored is not None:
                 wanted = [first + p - start for p in range(max(start, s.scored - 1), end)]
             else:
-                wanted = [len(tokens) - 1] if end == len(s.tokens) else []
+                wanted = [len(tokens) - 1] if s.until is None and end == len(s.tokens) else []
             rows += wanted
             taken.append(len(wanted))
         layout = Layout(self.pool, torch.tensor(block, device=device), torch.tensor(offset, device=device), spans)
@@ -453,16 +661,15 @@ class Engine:
         return found
 
     def _computed(self, s: Sequence, count: int) -> None:
-        """Takes note of computed tokens; every block that they filled becomes shareable.
-
-        Of a scored sequence only its prompt does: nobody continues its options (Du et al., "PrefillOnly", 2025).
-        """
+        """Takes note of computed tokens; every block that they filled becomes shareable."""
+        before = s.computed
         s.computed += count
         s.reached = max(s.reached, s.computed)
         size = self.block_size
-        shared = s.computed if s.scored is None else min(s.computed, s.scored)
-        while len(s.nodes) < shared // size:
+        while len(s.nodes) < min(s.computed, self._shareable(s)) // size:
             index = len(s.nodes)
+            if self.batch_invariant and before > index * size:
+                break  # it was not computed in one piece, nor was what depends on it
             parent: Node | None = s.nodes[-1] if s.nodes else None
             own = s.blocks[index]
             node = self.tree.insert(parent, tuple(s.tokens[index * size : (index + 1) * size]), own)
@@ -480,26 +687,85 @@ class Engine:
         for row, position in enumerate(range(first, end)):
             s.log_probability += float(table[row, targets[position + 1 - s.scored]])
 
-    # -- the end of a sequence
+    # -- the end of a sequence, or of a stage of it
+    def _end_stage(self, s: Sequence) -> None:
+        """A sequence has done what was asked."""
+        if s.stays:
+            self._set_aside(s)
+            s.owner.ended(s, None)
+        else:
+            self._finish(s, None)
+
+    def _set_aside(self, s: Sequence) -> None:
+        self._forget(s)
+        self.idle.append(s)
+
     def _finish(self, s: Sequence, error: Exception | None) -> None:
         self._free(s)
-        for group in (self.running, self.waiting):
-            if s in group:
-                group.remove(s)
+        self._forget(s)
         s.is_finished = True
         s.owner.ended(s, error)
 
+    def _forget(self, s: Sequence) -> None:
+        for group in (self.running, self.waiting, self.idle):
+            if s in group:
+                group.remove(s)
+
     def _free(self, s: Sequence) -> None:
-        self.pool.release(s.blocks[len(s.nodes) :])
-        self.tree.let_go(s.nodes)
-        s.blocks, s.nodes, s.computed = [], [], 0
+        self._cut(s, 0)
+        self.model.forget(s)
+
+    def _cut(self, s: Sequence, computed: int) -> None:
+        """Gives back what a sequence has computed after the first `computed` tokens. Full blocks stay cached."""
+        full, used = computed // self.block_size, -(-computed // self.block_size)
+        if full < used and full < len(s.nodes):
+            self.pool.share(s.blocks[full])  # a part of a cached block: copied before it is written
+        self.pool.release(s.blocks[max(used, len(s.nodes)) :])
+        self.tree.let_go(s.nodes[full:])
+        s.blocks, s.nodes, s.computed = s.blocks[:used], s.nodes[:full], computed
+
+    # -- sessions: asked between two steps
+    def _go_on(self, s: Sequence) -> None:
+        """A session at rest has something to do."""
+        self._forget(s)
+        self.waiting.append(s)
+
+    def _fork(self, s: Sequence, owner: Owner) -> Sequence:
+        """A session at rest with the same tokens. It shares all blocks; who writes into the last copies it first."""
+        twin = Sequence(list(s.tokens), owner, self._next_order(), s.ticket, stays=True, choose=s.choose)
+        twin.until = len(twin.tokens) - 1
+        twin.prompt_tokens = s.prompt_tokens
+        twin.computed = twin.reached = s.computed
+        twin.blocks = s.blocks[: -(-s.computed // self.block_size)]
+        twin.nodes = list(s.nodes)
+        self.tree.hold(twin.nodes)
+        for block in twin.blocks[len(twin.nodes) :]:
+            self.pool.share(block)
+        self.idle.append(twin)
+        return twin
+
+    def _roll_back(self, s: Sequence, count: int) -> None:
+        """Takes the last `count` tokens of a session away; it is at rest then."""
+        assert 0 <= count < len(s.tokens)
+        del s.tokens[len(s.tokens) - count :]
+        s.prompt_tokens = min(s.prompt_tokens, len(s.tokens))
+        s.until = len(s.tokens) - 1
+        self._cut(s, min(s.computed, s.until))
+        self._set_aside(s)
 
     def check(self) -> None:
         """The invariants of pool and tree, for tests: every reference has an owner."""
         self.pool.check()
         owners = [0] * len(self.pool.references)
         self.tree.check(owners)
-        for s in self.running:
+        for s in (*self.running, *self.waiting, *self.idle):
             for b in s.blocks[len(s.nodes) :]:
                 owners[b] += 1
         assert owners[1:] == self.pool.references[1:], "references and owners differ"
+
+
+def _answer(answer: Future[T], question: Callable[[], T]) -> None:
+    try:
+        answer.set_result(question())
+    except Exception as error:
+        answer.set_exception(error)

@@ -68,6 +68,10 @@ class KVPool:
         assert self.references[block] > 0
         self.references[block] += 1
 
+    def copy(self, source: int, target: int) -> None:
+        """The keys and values of one block in another: a fork's, before it writes."""
+        self.data[target].copy_(self.data[source])
+
     def release(self, blocks: Sequence[int]) -> None:
         """One owner less of each; a block without owners is free."""
         for block in blocks:

@@ -55,6 +55,7 @@ class Node:
         "hints",
         "holders",
         "host",
+        "keepers",
         "last_use",
         "on_device",
         "parent",
@@ -83,6 +84,7 @@ class Node:
         self.steps = UNKNOWN  # to the next announced use, of itself or of what is below
         self.said_at = 0  # when that was announced, by the count of uses
         self.hints: dict[Hashable, Hint] = {}  # whose path ends here, as far as it is cached
+        self.keepers = 0  # who asked that it stays
         self.pinned_until = 0.0
 
     @property
@@ -152,6 +154,7 @@ class PrefixTree:
         self._host_leaves = _Candidates(self._key)
         self._backups: dict[Node, None] = {}  # on the device and on the host, in the order of their copies
         self._hinted: dict[Hashable, Node] = {}
+        self._kept: dict[Hashable, list[Node]] = {}
         self._loads: dict[Copy, tuple[list[Node], list[Node]]] = {}  # (whole path, nodes to load)
         self._offloads: dict[Copy, list[tuple[Node, int | None]]] = {}  # None: the host has it already
 
@@ -224,6 +227,25 @@ class PrefixTree:
         self._hinted[key] = node
         self._refresh_steps(node)
 
+    def keep(self, key: Hashable, tokens: Sequence[int]) -> None:
+        """What is cached of a prefix goes after everything else, until `key` keeps another or lets go of it.
+
+        A block that goes all the same, because there is nothing else, is not brought back for it.
+        """
+        path = self.match(tokens, len(tokens))
+        for node in path:
+            node.keepers += 1
+        self.unkeep(key)
+        self._kept[key] = path
+        for node in path:
+            self._consider(node)
+
+    def unkeep(self, key: Hashable) -> None:
+        """What `key` kept is as any other prefix again."""
+        for node in self._kept.pop(key, ()):
+            node.keepers -= 1
+            self._consider(node)
+
     def release(self, key: Hashable) -> None:
         """Takes an announcement back, if there is one."""
         node = self._hinted.pop(key, None)
@@ -251,7 +273,7 @@ class PrefixTree:
         """Frees up to `blocks` blocks that nobody uses; how many it freed at once.
 
         With a host tier it may start copies instead, or wait for those under way: see `is_offloading`. Nodes whose next
-        use is at most `farther_than` steps away stay.
+        use is at most `farther_than` steps away stay; from 0 steps on so do those that are kept or pinned.
         """
         if sum(map(len, self._offloads.values())) >= blocks:
             return 0
@@ -259,7 +281,7 @@ class PrefixTree:
         leaving: list[tuple[Node, int | None]] = []
         while freed < blocks and len(leaving) < EVICT_AHEAD:
             node = self._device_leaves.first()
-            if node is None or node.steps <= farther_than:
+            if node is None or node.steps <= farther_than or (farther_than >= 0 and self._is_kept(node)):
                 break
             is_last = all(c.block is None for c in node.children.values())  # else those below are leaving still
             if node.host is not None and is_last:
@@ -362,8 +384,11 @@ class PrefixTree:
                 self._leave_device(node)
 
     # -- bookkeeping
+    def _is_kept(self, node: Node) -> bool:
+        return node.keepers > 0 or node.pinned_until > self.now
+
     def _key(self, node: Node) -> Key:
-        return (float(node.pinned_until > self.now), *self.policy.key(node))
+        return (float(self._is_kept(node)), *self.policy.key(node))
 
     def _consider(self, node: Node) -> None:
         free = not node.holders and node.parent is not None
@@ -518,6 +543,8 @@ class PrefixTree:
             assert node.steps == min(
                 *(h.steps for h in node.hints.values()), *(c.steps for c in node.children.values()), UNKNOWN, UNKNOWN
             )
+        for node in nodes:
+            assert node.keepers == sum(kept.count(node) for kept in self._kept.values())
         on_device = [n for n in nodes if n.block is not None]
         assert (self.size, self.evictable) == (len(on_device), sum(not n.holders for n in on_device))
         for job in self._loads:

@@ -17,6 +17,7 @@ from flowc.backends.llm.paged.engine import Engine  # noqa: E402
 from flowc.backends.llm.paged.model import PagedModel  # noqa: E402
 from flowc.backends.llm.paged.sequence import Sequence  # noqa: E402
 from flowc.ir.errors import ResourceError  # noqa: E402
+from flowc.runtime.protocols import Ticket  # noqa: E402
 
 pytestmark = pytest.mark.models
 VOCAB, NEW = 211, 12
@@ -187,7 +188,7 @@ def test_any_arrival_under_pressure(seed: int) -> None:
     sequences = [sequence(prompts[i]) for i in jobs]
     arrivals: list[list[Sequence]] = [[] for _ in range(12)]
     for s in sequences:
-        s.priority = rng.choice([0.0, 0.0, 1.0])
+        s.ticket = Ticket(0, rng.choice([0.0, 0.0, 1.0]))
         arrivals[rng.randrange(12)].append(s)
     engine = engine_for(
         model, "qwen3", block_size=4, blocks=rng.choice([26, 40]), max_step_tokens=rng.choice([5, 32]), max_sequences=8
