@@ -97,6 +97,7 @@ class Replacement:
     ops: tuple[Op, ...] = ()
     values: Mapping[str, Value] = field(default_factory=dict)
     moves: tuple[tuple[Op, Op], ...] = ()
+    removes: tuple[Op, ...] = ()  # other ops that it makes needless
     relaxes: bool = False
     detail: str = ""
 
@@ -170,6 +171,8 @@ class Edits:
         self._replaced[id(op)] = (op, replacement.ops)
         if replacement.relaxes:
             self._relaxed.add(id(op))
+        for gone in replacement.removes:
+            self._replaced[id(gone)] = (gone, ())
         for moved, before in replacement.moves:
             self._replaced[id(moved)] = (moved, ())
             self._before.setdefault(id(before), []).append(moved)

@@ -328,6 +328,14 @@ class Facts:
             self._called[name] = found
         return found
 
+    def schedule(self, region: Region) -> list[tuple[float, float]]:
+        """When each op of the region is predicted to begin and to end, with processors for all."""
+        found: list[tuple[float, float]] = []
+        for op, data, order in zip(region.ops, self.data_dependencies(region), self.order(region), strict=True):
+            begin = max((found[d][1] for d in data.union(order)), default=0.0)
+            found.append((begin, begin + self.seconds(op)))
+        return found
+
     def region_seconds(self, region: Region, *, ordered: bool | None = None) -> float:
         """The predicted makespan of a region: the sum if one op waits for the other, else a list schedule, with one
         processor for Python.
