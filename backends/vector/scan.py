@@ -14,10 +14,13 @@ be cancelled, or take in what another device found. Three facts make the result 
   that belongs to the best k was dropped; if it ties with the k-th, the lists are scanned again for all entries as good
   as that. The best k are then ordered by (score descending, id ascending).
 
-Many searches are scanned in one of two forms. *Query by query*, each goes through its lists. *List by list* (a
-wavefront), rows of (query, list) are sorted by list, so that a list is read from memory once for all who want it, and
-one FAISS call runs them all. Rows start with their query's worst kept score as the bar, so few entries come out of
-them, and a C loop folds those into the heaps.
+Searches that begin together lie together in arrays, one row each, and what all of them do at once is done to the
+arrays: a `ListSearch` is a handle on a row. Many are scanned in one of three forms. *Query by query*, each goes through
+its lists, all in one FAISS call. *List by list* (a wavefront), rows of (query, list) are sorted by list, so that a list
+is read from memory once for all who want it, and one FAISS call runs them all; rows start with their query's worst kept
+score as the bar, so few entries come out of them, and a C loop folds those into the heaps. *By products*, a list is
+decoded once and multiplied with all queries that want it; a matrix product has other last bits, so it only finds what
+may pass the bar, with a margin for its error, and FAISS's scanner scores just that.
 
 Source of the sub-stages: Hu et al., "HedraRAG", 2025, section 4; of the wavefront's form and its limits: measured.
 """
@@ -29,8 +32,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -43,12 +46,13 @@ __all__ = ["SHARED_ENOUGH", "Accelerator", "Beside", "ListSearch", "Lists", "Sel
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 Ranks = range | I64  # rising, each once; a range has no steps
+Form = Literal["query", "list", "products"]
 
-# Visits to lists per distinct list, from which on a wave may be scanned list by list. Below, the lists are read from
-# memory once in either form and the rows only cost. Above, both forms are tried and the cheaper one kept: an index
-# that fits in the processor's cache gains nothing at any share (16,425 x 384 in fp16: never; 262,800 x 384: from about
-# 2, 1.35 times at 4.5 and 1.45 times at 16).
+# Visits to lists per distinct list, from which on a wave may be scanned list by list, and by products. Below, the
+# lists are read from memory once in any form and the rows only cost. Above, the forms are tried and the cheapest kept:
+# an index that fits in the processor's cache gains nothing from reading a list once (16,425 x 384 in fp16).
 SHARED_ENOUGH = 1.3
+PRODUCTS_FROM = 4.0
 _SPARE = 2  # results kept beyond k, so that a tie at the end is seen; more would make every heap slower
 _GROUP_CODES = 16_384  # vectors a search scans before others and cancellation get their turn; about 0.4 ms
 _STEP_CODES = 1_024  # the same where a rule may stop the search: about 25 us, against 4 us that a step costs
@@ -57,10 +61,12 @@ _TOGETHER = 4  # queries from which on centroids are scored by matrix products
 _BLOCK = 32  # queries of one such product
 # Multiplications of one matrix product. OpenBLAS, which numpy brings, starts its threads above this, and they spin
 # beside the other workers: 32 queries against 2,048 centroids cost 11 ms of processor time in one product on two busy
-# cores, and 0.3 ms in tiles.
+# cores, and 0.3 ms in tiles. Tiles are also what its kernels for small matrices take: 5.5 ns for a product of 256
+# numbers, where 16 queries against a list in one product cost 14.
 _TILE_PRODUCTS = 1 << 18
 _LEARN_CODES = 20_000  # a wave of fewer takes too short a time to learn from
-_NONE, _NO_SCORES = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
+_BARS_FROM = 16  # the share of lists that are scanned before products find what passes their bar, as 1 / n
+_HALF_BITS = np.int32(-0x70002000)  # sign, exponent and fraction of a half float that was moved up
 _NO_HEAP_INIT = 1024  # IndexIVF::PARALLEL_MODE_NO_HEAP_INIT: scan on from the heaps given, and leave them heaps
 
 
@@ -92,6 +98,11 @@ class Selection:
         self._selector = faiss.IDSelectorBitmap(len(self.bits), faiss.swig_ptr(self.bits))
         self._params: dict[int, Any] = {}
 
+    def holds(self, ids: I64) -> npt.NDArray[np.bool_]:
+        """Of each id whether it is selected."""
+        bits = self.bits[ids >> 3] >> (ids & 7).astype(np.uint8)
+        return np.asarray(bits & 1, dtype=np.bool_)
+
     def params(self, nprobe: int) -> Any:
         """FAISS's parameters of a call with so many lists a row."""
         found = self._params.get(nprobe)
@@ -102,55 +113,110 @@ class Selection:
 
 # ------------------------------------------------------------------------------------------------ the state of a search
 @dataclass(frozen=True, slots=True, eq=False)
-class _Block:
-    """Searches that began together lie together: row n of each array is the n-th search's."""
+class _Batch:
+    """Searches that began together with one k: row n of each array is the n-th search's.
+
+    `lists` and `near`, of shape (n, width): the probed lists, nearest first, and their centroids' scores; where a row
+    has fewer (`units` of them), -1 and -inf follow. `scores` and `ids`, of shape (n, places), are heaps with the worst
+    first; (-inf, -1) are free places.
+    """
 
     queries: F32
+    k: int
+    only: Selection | None
+    lists: I64
+    near: F32
+    units: list[int]
     scores: F32
     ids: I64
 
 
-@dataclass(slots=True, eq=False)
 class ListSearch:
     """One search under way. Belongs to one thread at a time, but for `cancel`, which any may call.
 
-    `lists`, `near` and `codes` are the probed lists, nearest first: number, inner product with the query, vectors held
-    (`total` of them).
-    `scores` and `ids`, of shape (min(k + 2, vectors in the index),), are a heap with the worst first; (-inf, -1) are
-    its free places.
+    A handle on a row of a batch: `lists` and `near` are the probed lists, nearest first, and the scores of their
+    centroids; `scores` and `ids` a heap, worst first, of the best k + 2 found so far, with (-inf, -1) in free places.
     """
 
-    of: Lists
-    query: F32
-    k: int
-    lists: I64
-    near: F32
-    codes: I64
-    total: int
-    scores: F32
-    ids: I64
-    request: SearchRequest | None = None
-    budget: Budget | None = None
-    block: _Block | None = None
-    row: int = 0
-    gap: float | None = None  # stop where the next list's centroid lies this far below the k-th best
-    only: Selection | None = None  # None: every vector
-    scanned: npt.NDArray[np.bool_] = field(init=False)
-    rank: int = field(default=0, init=False)  # the nearest list that was not scanned
-    stopped: str = field(default="", init=False)  # the rule that ended the search early: "lists", "seconds", "gap"
-    cancelled: bool = field(default=False, init=False)
-    began_s: float = field(default=0.0, init=False)
-    _taken: int = field(default=0, init=False)
+    __slots__ = (
+        "_mask",
+        "_taken",
+        "batch",
+        "began_s",
+        "budget",
+        "cancelled",
+        "gap",
+        "of",
+        "rank",
+        "request",
+        "row",
+        "stopped",
+        "units",
+    )
 
-    def __post_init__(self) -> None:
-        self.scanned = np.zeros(len(self.lists), dtype=np.bool_)
-        if self.budget is not None:
-            self.began_s = time.perf_counter()
+    def __init__(
+        self,
+        of: Lists,
+        batch: _Batch,
+        row: int,
+        request: SearchRequest | None = None,
+        budget: Budget | None = None,
+        gap: float | None = None,
+    ) -> None:
+        self.of = of
+        self.batch = batch
+        self.row = row
+        self.units = batch.units[row]  # how many lists there are to scan
+        self.request = request
+        self.budget = budget
+        self.gap = gap  # stop where the next list's centroid lies this far below the k-th best
+        self.rank = 0  # the nearest list that was not scanned
+        self.stopped = ""  # the rule that ended the search early: "lists", "seconds", "gap"
+        self.cancelled = False
+        self.began_s = 0.0 if budget is None else time.perf_counter()
+        self._taken = 0
+        self._mask: npt.NDArray[np.bool_] | None = None  # what was scanned, where that is not the first `rank` lists
 
     @property
-    def units(self) -> int:
-        """How many lists there are to scan."""
-        return len(self.lists)
+    def k(self) -> int:
+        return self.batch.k
+
+    @property
+    def only(self) -> Selection | None:
+        """What the search may find; None: every vector."""
+        return self.batch.only
+
+    @property
+    def query(self) -> F32:
+        query: F32 = self.batch.queries[self.row]
+        return query
+
+    @property
+    def lists(self) -> I64:
+        return self.batch.lists[self.row, : self.units]
+
+    @property
+    def near(self) -> F32:
+        return self.batch.near[self.row, : self.units]
+
+    @property
+    def codes(self) -> I64:
+        return self.of.sizes[self.lists]
+
+    @property
+    def scores(self) -> F32:
+        scores: F32 = self.batch.scores[self.row]
+        return scores
+
+    @property
+    def ids(self) -> I64:
+        ids: I64 = self.batch.ids[self.row]
+        return ids
+
+    @property
+    def scanned(self) -> npt.NDArray[np.bool_]:
+        """Of each rank whether it was scanned."""
+        return self._mask if self._mask is not None else np.arange(self.units) < self.rank
 
     @property
     def costs(self) -> I64:
@@ -160,26 +226,20 @@ class ListSearch:
     @property
     def done(self) -> bool:
         """Whether nothing is left to scan: all was, or a stopping rule holds, or it was cancelled."""
-        return self._taken == len(self.lists) or self.cancelled or bool(self.stopped)
+        return self._taken == self.units or self.cancelled or bool(self.stopped)
 
     @property
-    def _is_plain(self) -> bool:
-        """Whether all lists are to be scanned, in one go."""
-        return (
-            self.budget is None
-            and self.gap is None
-            and not self._taken
-            and not self.cancelled
-            and self.total <= _GROUP_CODES
-        )
+    def _is_whole(self) -> bool:
+        """Whether nothing was scanned and nothing but its end ends it."""
+        return not self._taken and self.budget is None and self.gap is None and not self.cancelled
 
     def remaining(self) -> Ranks:
         """Ranks of the lists that were not scanned, nearest first; none once `done`."""
         if self.done:
             return range(0)
-        if self._taken == self.rank:
-            return range(self.rank, len(self.lists))
-        return np.flatnonzero(~self.scanned)
+        if self._mask is None:
+            return range(self.rank, self.units)
+        return np.flatnonzero(~self._mask)
 
     def cancel(self) -> None:
         """Ends the search at the next step between two scans; `finish` refuses it then."""
@@ -188,28 +248,31 @@ class ListSearch:
     def _took(self, ranks: Ranks) -> None:
         """Notes what was scanned, and whether that is enough."""
         self._taken += len(ranks)
-        if self._taken == len(self.lists):
-            self.scanned[:] = True
-            self.rank = self._taken
+        if self._taken == self.units:
+            self.rank, self._mask = self.units, None
             return
-        if isinstance(ranks, range):
-            self.scanned[ranks.start : ranks.stop] = True
+        if self._mask is None and isinstance(ranks, range) and ranks.start == self.rank:
+            self.rank = ranks.stop
         else:
-            self.scanned[ranks] = True
-        self.rank += int(self.scanned[self.rank :].argmin())
+            if self._mask is None:
+                self._mask = self.scanned
+            self._mask[ranks if not isinstance(ranks, range) else slice(ranks.start, ranks.stop)] = True
+            self.rank += int(self._mask[self.rank :].argmin())
+            if self.rank == self._taken:
+                self._mask = None
         if self.budget is not None:
             if self.budget.lists is not None and self._taken >= self.budget.lists:
                 self.stopped = "lists"
             elif self.budget.seconds is not None and time.perf_counter() - self.began_s >= self.budget.seconds:
                 self.stopped = "seconds"
         # Calibrated on the nearest lists in order: results of lists farther out must not raise the bar.
-        ordered = self._taken == self.rank
-        if ordered and self.gap is not None and float(self.near[self.rank]) < self.kth() - self.gap:
+        if self.gap is not None and self._mask is None and float(self.near[self.rank]) < self.kth() - self.gap:
             self.stopped = "gap"
 
     def kth(self) -> float:
         """The k-th best score so far, -inf while there are fewer."""
-        return float(np.partition(self.scores, len(self.scores) - self.k)[len(self.scores) - self.k])
+        scores = self.scores
+        return float(np.partition(scores, len(scores) - self.k)[len(scores) - self.k])
 
 
 def _of(values: I64, ranks: Ranks) -> I64:
@@ -218,42 +281,50 @@ def _of(values: I64, ranks: Ranks) -> I64:
 
 # ------------------------------------------------------------------------------------------------ which form is cheaper
 class _Forms:
-    """Chooses between the two forms by what they cost before, for waves alike in sharing and in heap size.
+    """Chooses among the forms by what they cost before, for waves alike in sharing and in heap size.
 
     Costs are this thread's processor time per vector. Other work on the machine only ever adds to it, so the least that
-    was seen counts, and fades by a hundredth a wave. One wave in 32 goes to the form that lost, so that the choice
+    was seen counts, and fades by a hundredth a wave. One wave in 32 goes to a form that lost, so that the choice
     follows the machine. The choice moves time only, never a result.
     """
 
     def __init__(self, now: Callable[[], float] = time.thread_time) -> None:
         self.now = now
-        self._cost: dict[tuple[int, int, bool], float] = {}
+        self._cost: dict[tuple[int, int], dict[Form, float]] = {}
         self._waves: defaultdict[tuple[int, int], int] = defaultdict(int)
+
+    def choose(self, share: float, keep: int, codes: int, products: bool) -> Form:
+        """The form for a wave; `products` says whether that one can be had."""
+        if share < SHARED_ENOUGH:
+            return "query"
+        forms: tuple[Form, ...] = ("list", "query")
+        if products and share >= PRODUCTS_FROM:
+            forms = ("products", "list", "query")
+        key = self._key(share, keep)
+        cost = self._cost.get(key, {})
+        cheapest: Form = min(forms, key=lambda form: cost.get(form, math.inf)) if cost else "query"
+        if codes < _LEARN_CODES:
+            return cheapest
+        wave = self._waves[key]
+        self._waves[key] += 1
+        if wave < 3 * len(forms):
+            return forms[wave % len(forms)]
+        if wave % 32 == 0:
+            losers = [form for form in forms if form != cheapest]
+            return losers[wave // 32 % len(losers)]
+        return cheapest
+
+    def learn(self, share: float, keep: int, codes: int, form: Form, seconds: float) -> None:
+        """Takes in what a wave cost."""
+        if share < SHARED_ENOUGH or codes < _LEARN_CODES:
+            return
+        cost = self._cost.setdefault(self._key(share, keep), {})
+        new = seconds / codes
+        cost[form] = min(1.01 * cost.get(form, new), new)
 
     @staticmethod
     def _key(share: float, keep: int) -> tuple[int, int]:
-        return int(2 * np.log2(share)), keep.bit_length()
-
-    def by_list(self, share: float, keep: int, codes: int) -> bool:
-        if share < SHARED_ENOUGH:
-            return False
-        key = self._key(share, keep)
-        rows, each = self._cost.get((*key, True)), self._cost.get((*key, False))
-        cheaper = rows is not None and each is not None and rows < each
-        if codes < _LEARN_CODES:
-            return cheaper
-        wave = self._waves[key]
-        self._waves[key] += 1
-        if wave < 6:  # three of each
-            return wave % 2 == 0
-        return cheaper != (wave % 32 == 0)
-
-    def learn(self, share: float, keep: int, codes: int, by_list: bool, seconds: float) -> None:
-        if share < SHARED_ENOUGH or codes < _LEARN_CODES:
-            return
-        key = (*self._key(share, keep), by_list)
-        old, new = self._cost.get(key), seconds / codes
-        self._cost[key] = new if old is None else min(1.01 * old, new)
+        return int(2 * math.log2(share)), keep.bit_length()
 
 
 # ------------------------------------------------------------------------------------------------ another scanner
@@ -309,7 +380,15 @@ class Lists:
         self.alive = alive
         self.count: int = int(sizes.sum()) if alive is None else alive.count
         self._held = self._by_cluster(sizes if alive is None else alive.sizes)
+        self._least = np.append(0, np.cumsum(np.sort(self._held)))  # vectors in so many clusters, whichever they are
+        self._largest = int(sizes.max(initial=0))
         self.is_l2 = index.metric_type == faiss.METRIC_L2
+        self._is_half = isinstance(index, faiss.IndexIVFScalarQuantizer)
+        self._has_products = not self.is_l2 and (
+            index.sq.qtype == faiss.ScalarQuantizer.QT_fp16 if self._is_half else isinstance(index, faiss.IndexIVFFlat)
+        )
+        self._scale = np.float32(2.0**112 if self._is_half else 1)  # what decoded vectors are to be multiplied by
+        self._norms = np.full(len(sizes), -1, dtype=np.float32)
         if base is None:
             self._centroids = np.ascontiguousarray(index.quantizer.reconstruct_n(0, self.nlist))
             if self.is_l2:  # the nearest centroid c of q has the largest q.c - |c|^2 / 2, which is one inner product
@@ -335,7 +414,7 @@ class Lists:
     # -------------------------------------------------------------------------------------------- plan
     def nearest_lists(self, query: F32, nprobe: int, enough: int) -> I64:
         """List numbers, nearest first: `nprobe` of them, or as many more as it takes to hold `enough` vectors."""
-        return self._nearest(query, nprobe, enough)[0]
+        return self._nearest(query, nprobe, enough, self._held)[0]
 
     def _by_cluster(self, sizes: I64) -> I64:
         return sizes if len(sizes) == self.nlist else sizes.reshape(-1, self.nlist).sum(axis=0)
@@ -347,29 +426,32 @@ class Lists:
         ones = np.ones((*queries.shape[:-1], 1), dtype=np.float32)
         return np.ascontiguousarray(np.concatenate([queries, ones], axis=-1))
 
-    def _nearest(self, query: F32, nprobe: int, enough: int, held_in: I64 | None = None) -> tuple[I64, F32]:
+    def _nearest(self, query: F32, nprobe: int, enough: int, held_in: I64) -> tuple[I64, F32]:
         if self.nlist == 1:
             return np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.float32)
-        if held_in is None:
-            held_in = self._held
         query = self._as_probe(query)
         scores = np.empty(self.nlist, dtype=np.float32)
-        self._faiss.fvec_inner_products_ny(
-            self._ptr(scores), self._ptr(query), self._ptr(self._centroids), len(query), self.nlist
-        )
+        ptr = self._ptr
+        self._faiss.fvec_inner_products_ny(ptr(scores), ptr(query), ptr(self._centroids), len(query), self.nlist)
         if nprobe < self.nlist:
             bar = _bars(scores[None, :], nprobe)[0] - self._reach * math.sqrt(float(query @ query))
-            near = np.flatnonzero(scores >= bar)
+            near = (scores >= bar).nonzero()[0]
             scores = self._canonical(query[None], near[None])[0]
-            order = np.argsort(-scores, kind="stable")[:nprobe]
+            order = (-scores).argsort(kind="stable")[:nprobe]
             near = near[order]
-            if len(near) == nprobe and int(held_in[near].sum()) >= enough:
+            if len(near) == nprobe and self._hold(near, held_in, enough):
                 return near, scores[order]
         scores = self._canonical(query[None], np.arange(self.nlist)[None])[0]
         order = np.argsort(-scores, kind="stable")
         held = np.cumsum(held_in[order])
         order = order[: max(nprobe, int(np.searchsorted(held, enough)) + 1)]
         return order, scores[order]
+
+    def _hold(self, lists: I64, held_in: I64, enough: int) -> bool:
+        """Whether these clusters hold enough."""
+        if held_in is self._held and self._least[len(lists)] >= enough:
+            return True
+        return int(held_in[lists].sum()) >= enough
 
     def _canonical(self, queries: F32, lists: I64) -> F32:
         """Scores of these lists' centroids, of the shape of `lists`, -inf for list -1: bits that nothing else moves.
@@ -385,8 +467,11 @@ class Lists:
         )
         return scores
 
-    def _nearest_of_many(self, queries: F32, nprobe: int) -> list[tuple[I64, F32]]:
-        """What `_nearest` gives each query where `nprobe` lists hold enough; matrix products find the candidates."""
+    def _nearest_of_many(self, queries: F32, nprobe: int) -> tuple[I64, F32]:
+        """What `_nearest` gives each query where `nprobe` lists hold enough; matrix products find the candidates.
+
+        Shapes (queries, nprobe).
+        """
         count = len(queries)
         queries = self._as_probe(queries)
         if self._tiles is None:
@@ -397,14 +482,77 @@ class Lists:
             self._tiles = np.ascontiguousarray(padded.reshape(-1, width, dim).transpose(0, 2, 1))
         products = np.matmul(queries[None], self._tiles).transpose(1, 0, 2).reshape(count, -1)[:, : self.nlist]
         bars = _bars(products, nprobe) - self._reach * np.linalg.norm(queries, axis=1)
-        rows, columns = np.nonzero(products >= bars[:, None])
+        rows, columns = np.divmod((products >= bars[:, None]).ravel().nonzero()[0], self.nlist)
         found = np.bincount(rows, minlength=count)
         lists = np.full((count, int(found.max(initial=1))), -1, dtype=np.int64)
         lists[rows, np.arange(len(rows)) - np.repeat(np.cumsum(found) - found, found)] = columns
-        scores = self._canonical(queries, lists)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :nprobe]
-        lists, scores = np.take_along_axis(lists, order, axis=1), np.take_along_axis(scores, order, axis=1)
-        return list(zip(lists, scores, strict=True))
+        scores = self._canonical(queries, lists) + np.float32(0)  # no -0
+        # One sort of integers: the score's bits, made to rise as it falls, above the list's number.
+        bits = scores.view(np.int32)
+        falling = ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))
+        keys = (falling.astype(np.int64) << 32) | (lists & 0xFFFFFFFF)
+        keys.sort(axis=1)
+        keys = keys[:, :nprobe]
+        bits = ~(keys >> 32).astype(np.int32)
+        scores = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(np.float32)
+        return (keys << 32) >> 32, scores
+
+    def _rank(
+        self, queries: F32, nprobe: Sequence[int], enough: int, only: Selection | None
+    ) -> tuple[I64, F32, list[int]]:
+        """The lists of each query, nearest first, with their scores, and how many; -1 and -inf fill the rows up."""
+        held = self._held if only is None else self._by_cluster(only.sizes)
+        count, most = len(queries), max(nprobe)
+        if count < _TOGETHER or most >= self.nlist:
+            rows = [self._nearest(query, n, enough, held) for query, n in zip(queries, nprobe, strict=True)]
+        else:
+            parts = [self._nearest_of_many(queries[n : n + _BLOCK], most) for n in range(0, count, _BLOCK)]
+            lists = np.concatenate([lists for lists, _ in parts])
+            near = np.concatenate([near for _, near in parts])
+            if min(nprobe) < most:
+                beyond = np.arange(most) >= np.array(nprobe)[:, None]
+                lists[beyond], near[beyond] = -1, -np.inf
+            # A row that holds too little is ranked again, farther.
+            enough_there = only is None and self._least[min(nprobe)] >= enough
+            short = [] if enough_there else np.flatnonzero((held[lists] * (lists >= 0)).sum(axis=1) < enough).tolist()
+            if not short:
+                return self._spread(lists, near, list(nprobe), only)
+            rows = [(one[:n], score[:n]) for one, score, n in zip(lists, near, nprobe, strict=True)]
+            for row in short:
+                rows[row] = self._nearest(queries[row], nprobe[row], enough, held)
+        units = [len(lists) for lists, _ in rows]
+        if count == 1:
+            return self._spread(rows[0][0][None], rows[0][1][None], units, only)
+        lists = np.full((count, max(units)), -1, dtype=np.int64)
+        near = np.full(lists.shape, -np.inf, dtype=np.float32)
+        for row, (one, scores) in enumerate(rows):
+            lists[row, : len(one)], near[row, : len(one)] = one, scores
+        return self._spread(lists, near, units, only)
+
+    def _spread(self, lists: I64, near: F32, units: list[int], only: Selection | None) -> tuple[I64, F32, list[int]]:
+        """Every part of a cluster in the cluster's place; what holds nothing that is wanted is left out."""
+        if self.parts == 1 and only is None:
+            return lists, near, units
+        parts = self.nlist * np.arange(self.parts)
+        lists = np.where(lists[:, :, None] < 0, -1, lists[:, :, None] + parts).reshape(len(lists), -1)
+        near = np.repeat(near, self.parts, axis=1)
+        wanted = (lists >= 0) & ((self.sizes if only is None else only.sizes)[lists] > 0)
+        wanted[:, 0] |= ~wanted.any(axis=1)  # a search has at least one unit
+        order = np.argsort(~wanted, axis=1, kind="stable")
+        units = wanted.sum(axis=1).tolist()
+        beyond = np.arange(lists.shape[1]) >= np.array(units)[:, None]
+        lists, near = np.take_along_axis(lists, order, axis=1), np.take_along_axis(near, order, axis=1)
+        lists[beyond], near[beyond] = -1, -np.inf
+        return lists[:, : max(units)], near[:, : max(units)], units
+
+    def _batch(self, queries: F32, k: int, nprobe: Sequence[int], only: Selection | None) -> _Batch:
+        only = only or self.alive
+        count = self.count if only is None else only.count
+        k = max(1, min(k, count))  # a heap has a place
+        lists, near, units = self._rank(queries, nprobe, k, only)
+        shape = (len(queries), min(k + _SPARE, max(1, count)))
+        scores, ids = np.full(shape, -np.inf, dtype=np.float32), np.full(shape, -1, dtype=np.int64)
+        return _Batch(queries, k, only, lists, near, units, scores, ids)
 
     def begin(
         self,
@@ -421,10 +569,7 @@ class Lists:
 
         `only`: the vectors that it may find (a selection holds no deleted ones).
         """
-        only = only or self.alive
-        k = _most(k, self.count if only is None else only.count)
-        held = None if only is None else self._by_cluster(only.sizes)
-        return self._begun(query, k, *self._nearest(query, nprobe, k, held), request, budget, gap, only=only)
+        return ListSearch(self, self._batch(query[None], k, [nprobe], only), 0, request, budget, gap)
 
     def begin_many(
         self,
@@ -436,89 +581,58 @@ class Lists:
         gaps: Sequence[float | None] | None = None,
         only: Sequence[Selection | None] | None = None,
     ) -> list[ListSearch]:
-        """`begin` for each row of `queries` (shape (n, dim), contiguous), in a fraction of the time."""
-        out: list[ListSearch] = []
-        chosen = [self.alive] * len(queries) if only is None else [one or self.alive for one in only]
-        home = None
-        if len(queries) > 1 and len(set(k)) == len(set(map(id, chosen))) == 1:
-            home = _Block(queries, *_empty(len(queries), self._heap(k[0], chosen[0])))
-        for start in range(0, len(queries), _BLOCK):
-            block = queries[start : start + _BLOCK]
-            most = max(nprobe[start : start + _BLOCK])
-            ranked: list[tuple[I64, F32]] | None = None
-            if len(block) >= _TOGETHER and most < self.nlist:
-                ranked = self._nearest_of_many(block, most)
-            for at, query in enumerate(block, start=start):
-                among = chosen[at]
-                want, probes = _most(k[at], self.count if among is None else among.count), nprobe[at]
-                held = self._held if among is None else self._by_cluster(among.sizes)
-                lists, near = (_NONE, _NO_SCORES) if ranked is None else ranked[at - start]
-                lists, near = lists[:probes], near[:probes]
-                if len(lists) < probes or lists[-1] < 0 or int(held[lists].sum()) < want:
-                    lists, near = self._nearest(query, probes, want, held)
-                request = None if requests is None else requests[at]
-                budget = None if budgets is None else budgets[at]
-                gap = None if gaps is None else gaps[at]
-                out.append(
-                    self._begun(
-                        query, want, lists, near, request, budget, gap, home, at if home is not None else 0, among
-                    )
+        """`begin` for each row of `queries` (shape (n, dim), contiguous), in a fraction of the time.
+
+        Those with one k and one selection are one batch.
+        """
+        out: dict[int, ListSearch] = {}
+        for alike in _alike(k, only):
+            batch = self._batch(
+                queries if len(alike) == len(k) else queries[alike],
+                k[alike[0]],
+                [nprobe[n] for n in alike],
+                None if only is None else only[alike[0]],
+            )
+            for row, n in enumerate(alike):
+                out[n] = ListSearch(
+                    self,
+                    batch,
+                    row,
+                    None if requests is None else requests[n],
+                    None if budgets is None else budgets[n],
+                    None if gaps is None else gaps[n],
                 )
-        return out
-
-    def _heap(self, k: int, only: Selection | None) -> int:
-        """Places in the heap of a search for the best k."""
-        count = self.count if only is None else only.count
-        return min(_most(k, count) + _SPARE, max(1, count))
-
-    def _begun(
-        self,
-        query: F32,
-        k: int,
-        lists: I64,
-        near: F32,
-        request: SearchRequest | None,
-        budget: Budget | None,
-        gap: float | None,
-        block: _Block | None = None,
-        row: int = 0,
-        only: Selection | None = None,
-    ) -> ListSearch:
-        if self.parts > 1 or only is not None:
-            # Every part of a cluster stands where the cluster does; what holds nothing that is wanted is left out.
-            lists = (lists[:, None] + self.nlist * np.arange(self.parts)).ravel()
-            near = np.repeat(near, self.parts)
-            wanted = (self.sizes if only is None else only.sizes)[lists] > 0
-            wanted[0] |= not wanted.any()  # a search has at least one unit
-            lists, near = lists[wanted], near[wanted]
-        codes = self.sizes[lists]
-        if block is None:
-            block = _Block(query[None], *_empty(1, self._heap(k, only)))
-        return ListSearch(
-            self,
-            query,
-            k,
-            lists,
-            near,
-            codes,
-            int(codes.sum()),
-            block.scores[row],
-            block.ids[row],
-            request,
-            budget,
-            block,
-            row,
-            gap,
-            only,
-        )
+        return [out[n] for n in range(len(k))]
 
     # -------------------------------------------------------------------------------------------- run
-    def search(self, queries: F32, k: Sequence[int], nprobe: Sequence[int]) -> list[tuple[F32, I64]]:
-        """For each query, scores and ids of its best k: fewer only where the index holds fewer."""
+    def search(
+        self,
+        queries: F32,
+        k: Sequence[int],
+        nprobe: Sequence[int],
+        only: Sequence[Selection | None] | None = None,
+    ) -> list[tuple[F32, I64]]:
+        """For each query, scores and ids of its best k: fewer only where the index holds fewer.
+
+        What `begin_many`, `scan` and `finish` give, without what it takes to stop in between.
+        """
         queries = np.ascontiguousarray(queries)
-        searches = self.begin_many(queries, k, nprobe)
-        self.scan(searches)
-        return self._best_of_all(searches)
+        if self.base.accelerator is not None:
+            searches = self.begin_many(queries, k, nprobe, only=only)
+            self.scan(searches)
+            return [self.best(search) for search in searches]
+        out: dict[int, tuple[F32, I64]] = {}
+        for alike in _alike(k, only):
+            batch = self._batch(
+                queries if len(alike) == len(k) else queries[alike],
+                k[alike[0]],
+                [nprobe[n] for n in alike],
+                None if only is None else only[alike[0]],
+            )
+            self._faiss.omp_set_num_threads(1)
+            self._wave(batch.queries, batch.lists, batch.scores, batch.ids, batch.only)
+            out.update(zip(alike, self._best_of_batch(batch), strict=True))
+        return [out[n] for n in range(len(k))]
 
     def scan(self, searches: Sequence[ListSearch], budget: ScanBudget | None = None) -> None:
         """Scans on until every search is done or the budget is spent, everyone's nearest lists first.
@@ -526,12 +640,6 @@ class Lists:
         A budget is for all searches together and is looked at between groups of lists, cut by the vectors that they
         hold and not by their number; at least one list is scanned where one is left.
         """
-        if budget is None and len(searches) == 1 and searches[0]._is_plain and self.base.accelerator is None:
-            search = searches[0]  # the common case of one question, without the bookkeeping of many
-            self._faiss.omp_set_num_threads(1)
-            self._call(search.query, search.lists[None], search.scores, search.ids, search.only)
-            search._took(range(len(search.lists)))
-            return
         units = codes = None
         until = None
         if budget is not None:
@@ -551,12 +659,12 @@ class Lists:
         """The next lists of one search: as many as are scanned before anyone looks up."""
         left = search.remaining()
         rule = search.budget
-        if rule is None and search.gap is None and not timed and search.total <= _GROUP_CODES:
-            return left
         size = _STEP_CODES if timed or search.gap is not None or (rule and rule.seconds is not None) else _GROUP_CODES
         if rule is not None and rule.lists is not None:
             left = left[: max(1, rule.lists - search._taken)]
-        held = np.cumsum(_of(search.codes, left))
+        if len(left) * self._largest <= size:
+            return left
+        held = np.cumsum(_of(search.costs, left))
         return left if held[-1] <= size else left[: int(np.searchsorted(held, size)) + 1]
 
     def run(self, work: Sequence[tuple[ListSearch, Sequence[int] | I64]]) -> None:
@@ -564,7 +672,7 @@ class Lists:
 
         Raises `ValueError` for a search that stands there twice (one step at a time) or is one of another index.
         """
-        if len({id(search) for search, _ in work}) < len(work):
+        if len(work) > 1 and len({id(search) for search, _ in work}) < len(work):
             raise ValueError("a search stands twice in one step")
         steps: list[tuple[ListSearch, Ranks]] = []
         for search, wanted in work:
@@ -572,9 +680,10 @@ class Lists:
                 raise ValueError("a search of another index")
             if search.cancelled:
                 continue
-            if isinstance(wanted, range) and wanted.step == 1 and wanted.start == search.rank == search._taken:
-                wanted = wanted[: len(search.lists) - search.rank]
-                if len(wanted):
+            if isinstance(wanted, range) and wanted.start == search.rank == search._taken and wanted.step == 1:
+                if wanted.stop > search.units:
+                    wanted = wanted[: search.units - search.rank]
+                if wanted:
                     steps.append((search, wanted))
                 continue
             ranks = np.asarray(wanted, dtype=np.int64)
@@ -603,119 +712,240 @@ class Lists:
     def _scan_here(self, work: list[tuple[ListSearch, Ranks]]) -> None:
         self._faiss.omp_set_num_threads(1)  # counted per calling thread, and this may be any worker
         # Heaps of one call have one size; up to twice their own is padding, beyond is another call. And one selection.
-        sizes: defaultdict[tuple[int, int], list[tuple[ListSearch, Ranks]]] = defaultdict(list)
-        for item in work:
-            sizes[len(item[0].scores).bit_length(), id(item[0].only)].append(item)
-        for alike in sizes.values():
+        if len(work) == 1 or len({search.batch for search, _ in work}) == 1:
+            groups = [work] if work else []
+        else:
+            sizes: defaultdict[tuple[int, int], list[tuple[ListSearch, Ranks]]] = defaultdict(list)
+            for item in work:
+                sizes[item[0].batch.scores.shape[1].bit_length(), id(item[0].only)].append(item)
+            groups = list(sizes.values())
+        for alike in groups:
             self._run(alike)
             for search, ranks in alike:
                 search._took(ranks)
 
     def _run(self, work: list[tuple[ListSearch, Ranks]]) -> None:
+        search, ranks = work[0]
+        batch = search.batch
         if len(work) == 1:
-            search, ranks = work[0]
-            self._call(search.query, _of(search.lists, ranks)[None, :], search.scores, search.ids, search.only)
+            self._call(search.query, _of(search.lists, ranks)[None], search.scores, search.ids, batch.only)
             return
-        only = work[0][0].only
-        rows = [_of(search.lists, ranks) for search, ranks in work]
-        wanted = np.concatenate(rows)
-        codes = int(self.sizes[wanted].sum())
-        share = len(wanted) / np.count_nonzero(np.bincount(wanted, minlength=len(self.sizes)))
-        block = work[0][0].block
-        if (
-            block is not None
-            and len(block.queries) == len(work)
-            and all(search.block is block and search.row == row for row, (search, _) in enumerate(work))
-        ):
-            self._wave(rows, block.queries, block.scores, block.ids, only, share, codes)  # the searches' own heaps
+        count = len(work)
+        alike = isinstance(ranks, range) and all(isinstance(other, range) and other == ranks for _, other in work)
+        if isinstance(ranks, range) and alike and all(s.batch is batch for s, _ in work):
+            lists = batch.lists[:, ranks.start : ranks.stop]
+            if count < len(batch.queries) or any(s.row != row for row, (s, _) in enumerate(work)):
+                lists = lists[[s.row for s, _ in work]]
+        else:
+            lists = np.full((count, max(len(ranks) for _, ranks in work)), -1, dtype=np.int64)
+            for row, (search, ranks) in enumerate(work):
+                lists[row, : len(ranks)] = _of(search.lists, ranks)
+        if count == len(batch.queries) and all(s.batch is batch and s.row == row for row, (s, _) in enumerate(work)):
+            self._wave(batch.queries, lists, batch.scores, batch.ids, batch.only)  # the searches' own heaps
             return
-        keep = max(len(search.scores) for search, _ in work)
         # One heap a row. Places beyond a search's own heap hold +inf: they are never the worst, so nothing goes there.
-        scores = np.full((len(work), keep), np.inf, dtype=np.float32)
-        ids = np.full((len(work), keep), -1, dtype=np.int64)
+        shape = (count, max(s.batch.scores.shape[1] for s, _ in work))
+        scores, ids = np.full(shape, np.inf, dtype=np.float32), np.full(shape, -1, dtype=np.int64)
         for row, (search, _) in enumerate(work):
-            size = len(search.scores)
+            size = search.batch.scores.shape[1]
             scores[row, :size] = search.scores
             ids[row, :size] = search.ids
-        self._wave(rows, np.stack([search.query for search, _ in work]), scores, ids, only, share, codes)
+        self._wave(np.stack([search.query for search, _ in work]), lists, scores, ids, batch.only)
         for row, (search, _) in enumerate(work):
-            size = len(search.scores)
+            size = search.batch.scores.shape[1]
             search.scores[:] = scores[row, :size]
             search.ids[:] = ids[row, :size]
 
-    def _wave(
-        self, rows: list[I64], queries: F32, scores: F32, ids: I64, only: Selection | None, share: float, codes: int
-    ) -> None:
-        """Scans the lists in `rows` for the queries, in the form that is cheaper, into their heaps."""
-        keep = scores.shape[1]
-        by_list = self._forms.by_list(share, keep, codes)
+    def _wave(self, queries: F32, lists: I64, scores: F32, ids: I64, only: Selection | None) -> None:
+        """Scans row n of `lists` (-1 is none) for query n, in the form that is cheapest, into the heaps in row n."""
+        if len(queries) == 1:
+            self._call(queries, lists, scores, ids, only)
+            return
+        visits = np.bincount(lists.ravel() + 1, minlength=len(self.sizes) + 1)[1:]
+        wanted = int(visits.sum())
+        share = wanted / max(1, int(np.count_nonzero(visits)))
+        if share < SHARED_ENOUGH:
+            self._call(queries, lists, scores, ids, only)
+            return
+        codes, keep = int(visits @ self.sizes), scores.shape[1]
+        form = self._forms.choose(share, keep, codes, self._has_products)
         began = self._forms.now()
-        if by_list:
-            self._by_list(rows, queries, scores, ids, only)
-        else:
-            self._by_query(rows, queries, scores, ids, only)
-        self._forms.learn(share, keep, codes, by_list, self._forms.now() - began)
+        match form:
+            case "query":
+                self._call(queries, lists, scores, ids, only)
+            case "list":
+                self._by_list(queries, lists, scores, ids, only)
+            case "products":
+                self._by_products(queries, lists, scores, ids, only)
+        self._forms.learn(share, keep, codes, form, self._forms.now() - began)
 
-    def _by_query(
-        self, rows: Sequence[I64], queries: F32, scores: F32, ids: I64, only: Selection | None = None
-    ) -> None:
-        """Every query through its own lists, one after another, in one call."""
-        width = max(len(row) for row in rows)
-        lists = np.full((len(rows), width), -1, dtype=np.int64)  # -1: FAISS skips it
-        for at, row in enumerate(rows):
-            lists[at, : len(row)] = row
-        self._call(queries, lists, scores, ids, only)
+    def _pairs(self, lists: I64) -> tuple[I64, I64]:
+        """Every (query, list) of `lists`, sorted by list: the lists, and the queries' rows."""
+        flat = lists.ravel()
+        owner = np.repeat(np.arange(len(lists)), lists.shape[1])
+        order = flat.astype(np.uint16 if len(self.sizes) < 1 << 16 else np.int64).argsort(kind="stable")  # 16: by radix
+        flat, owner = flat[order], owner[order]
+        there = flat >= 0
+        return (flat, owner) if there.all() else (flat[there], owner[there])
 
-    def _by_list(self, rows: list[I64], queries: F32, scores: F32, ids: I64, only: Selection | None = None) -> None:
+    def _by_list(self, queries: F32, lists: I64, scores: F32, ids: I64, only: Selection | None) -> None:
         """Every list through the queries that want it, in calls of bounded size whose rows are (query, list)."""
         # Everyone's nearest list first, on its own: it sets the bar that keeps the other rows short.
         if (scores[:, 0] == -np.inf).any():
-            self._by_query([row[:1] for row in rows], queries, scores, ids, only)
-            rows = [row[1:] for row in rows]
-        lists = np.concatenate(rows)
-        owner = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-        order = np.argsort(lists, kind="stable")
-        lists, owner = lists[order], owner[order]
+            self._call(queries, lists[:, :1], scores, ids, only)
+            lists = lists[:, 1:]
+        wanted, owner = self._pairs(lists)
         keep = scores.shape[1]
         free = np.isposinf(scores)  # the places that are no one's
         padded = bool(free.any())
         step = max(1, _ROW_BYTES // (12 * keep + 4 * self.dim))
-        heap = self._faiss.float_minheap_array_t()
-        heap.nh, heap.k, heap.val, heap.ids = len(scores), keep, self._ptr(scores), self._ptr(ids)
-        for start in range(0, len(lists), step):
+        heap = self._heaps(scores, ids)
+        for start in range(0, len(wanted), step):
             who = owner[start : start + step]
             rows_scores = np.repeat(scores[who, :1], keep, axis=1)
             if padded:
                 rows_scores[free[who]] = np.inf
             rows_ids = np.full(rows_scores.shape, -1, dtype=np.int64)
-            self._call(queries[who], lists[start : start + step, None], rows_scores, rows_ids, only)
+            self._call(queries[who], wanted[start : start + step, None], rows_scores, rows_ids, only)
             if padded:
                 rows_scores[free[who]] = -np.inf  # or they would be taken for results
             heap.addn_query_subset_with_ids(
                 len(who), self._ptr(who), keep, self._ptr(rows_scores), self._ptr(rows_ids), keep
             )
 
-    def _call(self, queries: F32, lists: I64, scores: F32, ids: I64, only: Selection | None = None) -> None:
-        """One FAISS call: row i of `lists` (-1 is skipped) for query i, into the heaps in row i of `scores`, `ids`.
+    def _heaps(self, scores: F32, ids: I64) -> Any:
+        """FAISS's functions over these heaps, which must outlive it."""
+        heap = self._faiss.float_minheap_array_t()
+        heap.nh, heap.k, heap.val, heap.ids = len(scores), scores.shape[1], self._ptr(scores), self._ptr(ids)
+        return heap
 
-        Every array has a name while FAISS holds its address, which keeps nothing alive.
+    def _by_products(self, queries: F32, lists: I64, scores: F32, ids: I64, only: Selection | None) -> None:
+        """Every list decoded once and multiplied with the queries that want it; what may pass a bar is scored by FAISS.
+
+        Two orders of summation differ by at most dim * 2^-23 * |query| * |vector|; twice that is the margin.
         """
-        lists = np.ascontiguousarray(lists)
-        count, width = lists.shape
-        coarse = self._zeros  # in place of the centroids' scores, which only residuals need
-        if len(coarse) < count * width:
-            coarse = self._zeros = np.zeros(2 * count * width, dtype=np.float32)
-        if only is not None:
-            params = only.params(width)
+        # Everyone's nearest lists first: they set the bars.
+        first = max(1, lists.shape[1] // _BARS_FROM)
+        self._call(queries, lists[:, :first], scores, ids, only)
+        wanted, owner = self._pairs(lists[:, first:])
+        if not len(wanted):
+            return
+        if not self._can_scale(queries):  # numbers too large, or a thread that flushes small ones
+            self._by_list(queries, lists[:, first:], scores, ids, only)
+            return
+        scaled = queries * self._scale
+        slack = np.linalg.norm(queries, axis=1).astype(np.float32) * np.float32(self.dim * 2.0**-22)
+        ends = np.append(np.flatnonzero(np.diff(wanted)) + 1, len(wanted)).tolist()
+        widest = max(int(self.sizes[wanted].max()), 1)
+        buffer = np.empty(widest * self.dim, dtype=np.int32)
+        found: list[tuple[I64, I64, npt.NDArray[np.uint8]]] = []  # rows of queries, ids, codes
+        bars = scores[:, 0]
+        start, fold_at = 0, len(wanted) // 4
+        for end in ends:
+            number, who = int(wanted[start]), owner[start:end]
+            if self.sizes[number]:
+                codes, held = self.stored(number)
+                vectors = self._decoded(codes, buffer)
+                least = bars.take(who) - slack.take(who) * self._norm(number, vectors)
+                passing = (_products(scaled.take(who, axis=0), vectors) >= least[:, None]).ravel().nonzero()[0]
+                if len(passing):
+                    row, place = np.divmod(passing, len(held))
+                    if only is not None:
+                        chosen = only.holds(held[place])
+                        row, place = row[chosen], place[chosen]
+                    found.append((who[row], held[place], codes[place]))
+            start = end
+            if end >= fold_at and found:
+                self._fold(queries, found, scores, ids)
+                found = []
+                fold_at = len(wanted)
+        if found:
+            self._fold(queries, found, scores, ids)
+
+    def _fold(self, queries: F32, found: list[tuple[I64, I64, npt.NDArray[np.uint8]]], scores: F32, ids: I64) -> None:
+        """Scores these vectors for these queries as a scan of lists would, into the heaps."""
+        faiss, ptr = self._faiss, self._ptr
+        rows = np.concatenate([rows for rows, _, _ in found])
+        order = rows.astype(np.uint16 if len(queries) <= 1 << 16 else np.int64).argsort(kind="stable")
+        names = np.concatenate([names for _, names, _ in found]).take(order)
+        codes = np.concatenate([codes for _, _, codes in found]).take(order, axis=0)
+        counts = np.bincount(rows, minlength=len(queries))
+        lists = faiss.ArrayInvertedLists(len(queries), self._index.code_size)
+        start = 0
+        for row, count in enumerate(counts.tolist()):
+            if count:
+                names_of, codes_of = names[start:], codes[start:]
+                lists.add_entries(row, count, ptr(names_of), ptr(codes_of))
+                start += count
+        index = self._like(lists)
+        own = np.where(counts > 0, np.arange(len(queries)), -1)[:, None]
+        self._preassigned(index, queries, own, scores, ids, self._params_of(1))
+
+    def _like(self, lists: Any) -> Any:
+        """An index of other lists whose vectors are coded, and scored, as in this one."""
+        faiss, index = self._faiss, self._index
+        if self._is_half:
+            kind = faiss.ScalarQuantizer.QT_fp16
+            out = faiss.IndexIVFScalarQuantizer(
+                index.quantizer, self.dim, lists.nlist, kind, index.metric_type, False, False
+            )
         else:
-            params = self._params.get(width)
-            if params is None:
-                params = self._params[width] = self._faiss.SearchParametersIVF(nprobe=width)
+            out = faiss.IndexIVFFlat(index.quantizer, self.dim, lists.nlist, index.metric_type, False)
+        out.is_trained = True  # neither codec learns anything
+        out.parallel_mode = _NO_HEAP_INIT
+        out.replace_invlists(lists, False)
+        return out
+
+    def _decoded(self, codes: npt.NDArray[np.uint8], buffer: npt.NDArray[np.int32]) -> F32:
+        """Vectors of shape (len(codes), dim), divided by `_scale`; they may lie in `buffer`.
+
+        Half floats become floats by moving their bits: sign at the top, the rest 13 to the left, which divides by
+        2^112 and takes 10 us where numpy's conversion takes 64 (39,000 numbers).
+        """
+        if not self._is_half:
+            return codes.view(np.float32)
+        bits = buffer[: len(codes) * self.dim].reshape(len(codes), self.dim)
+        bits[:] = codes.view(np.int16)
+        np.left_shift(bits, 13, out=bits)
+        np.bitwise_and(bits, _HALF_BITS, out=bits)
+        return bits.view(np.float32)
+
+    def _can_scale(self, queries: F32) -> bool:
+        if not self._is_half:
+            return True
+        tiny = np.full(1, 2.0**-140, dtype=np.float32)
+        return float(np.abs(queries).max()) < 2.0**14 and float((tiny * self._scale)[0]) == 2.0**-28
+
+    def _norm(self, number: int, vectors: F32) -> float:
+        """The largest norm in a list, computed at the first visit."""
+        norm = float(self._norms[number])
+        if norm < 0:
+            exact = vectors * self._scale
+            norm = self._norms[number] = float(np.sqrt(np.einsum("ij,ij->i", exact, exact).max())) * (1 + 2.0**-10)
+        return norm
+
+    def _params_of(self, width: int) -> Any:
+        params = self._params.get(width)
+        if params is None:
+            params = self._params[width] = self._faiss.SearchParametersIVF(nprobe=width)
+        return params
+
+    def _call(self, queries: F32, lists: I64, scores: F32, ids: I64, only: Selection | None) -> None:
+        """One FAISS call: row i of `lists` (-1 is skipped) for query i, into the heaps in row i of `scores`, `ids`."""
+        params = self._params_of(lists.shape[1]) if only is None else only.params(lists.shape[1])
+        self._preassigned(self._index, queries, lists, scores, ids, params)
+
+    def _preassigned(self, index: Any, queries: F32, lists: I64, scores: F32, ids: I64, params: Any) -> None:
+        """Every array has a name while FAISS holds its address, which keeps nothing alive."""
+        lists = np.ascontiguousarray(lists)
+        coarse = self._zeros  # in place of the centroids' scores, which only residuals need
+        if len(coarse) < lists.size:
+            coarse = self._zeros = np.zeros(2 * lists.size, dtype=np.float32)
         ptr = self._ptr
         if self.is_l2:  # FAISS keeps distances, in heaps with the largest on top: the same heaps, negated
             np.negative(scores, out=scores)
-        self._index.search_preassigned_c(
-            count,
+        index.search_preassigned_c(
+            len(lists),
             ptr(queries),
             scores.shape[-1],
             ptr(lists),
@@ -751,11 +981,14 @@ class Lists:
 
     def best(self, search: ListSearch) -> tuple[F32, I64]:
         """Scores and ids of the exact best k of the lists scanned so far, by (score descending, id ascending)."""
-        scores, ids = search.scores, search.ids
+        return self._best(search.batch, search.row, search.lists[search.scanned])
+
+    def _best(self, batch: _Batch, row: int, scanned: I64) -> tuple[F32, I64]:
+        scores, ids, k = batch.scores[row], batch.ids[row], batch.k
         order = np.lexsort((ids, -scores))
-        worst, k = scores[order[-1]], search.k
+        worst = scores[order[-1]]
         if worst == scores[order[k - 1]] and worst != -np.inf:
-            scores, ids = self._as_good_as(search, float(worst))
+            scores, ids = self._as_good_as(batch, row, scanned, float(worst))
             order = np.lexsort((ids, -scores))
         order = order[:k]
         scores, ids = scores[order], ids[order]
@@ -764,31 +997,30 @@ class Lists:
             scores, ids = scores[found], ids[found]
         return scores, ids
 
-    def _best_of_all(self, searches: Sequence[ListSearch]) -> list[tuple[F32, I64]]:
-        """`best` of searches that began together, whose heaps can be put in order together."""
-        block = searches[0].block if len(searches) > 1 else None
-        if block is None or any(search.block is not block for search in searches):
-            return [self.best(search) for search in searches]
-        order = np.lexsort((block.ids, -block.scores), axis=1)
-        scores = np.take_along_axis(block.scores, order, axis=1)
-        ids = np.take_along_axis(block.ids, order, axis=1)
-        k = searches[0].k
-        clear = ((ids[:, -1] >= 0) & (scores[:, -1] < scores[:, k - 1])).tolist()  # full, and no tie at the end
+    def _best_of_batch(self, batch: _Batch) -> list[tuple[F32, I64]]:
+        """The result of each search of a batch that was scanned whole."""
+        count, k = len(batch.queries), batch.k
+        if count == 1:
+            return [self._best(batch, 0, batch.lists[0])]
+        scores, ids = batch.scores.copy(), batch.ids.copy()
+        self._heaps(scores, ids).reorder()
+        # Neighbours that are equal: a tie, or places that stayed free.
+        clear = (~(scores[:, 1:] == scores[:, :-1]).any(axis=1) & (ids[:, -1] >= 0)).tolist()
+        lists, units = batch.lists, batch.units
         return [
-            (scores[search.row, :k], ids[search.row, :k]) if clear[search.row] else self.best(search)
-            for search in searches
+            (scores[row, :k], ids[row, :k]) if clear[row] else self._best(batch, row, lists[row, : units[row]])
+            for row in range(count)
         ]
 
-    def _as_good_as(self, search: ListSearch, score: float) -> tuple[F32, I64]:
-        """All entries of the scanned lists with this score or a better one."""
-        lists = np.ascontiguousarray(search.lists[search.scanned])
+    def _as_good_as(self, batch: _Batch, row: int, lists: I64, score: float) -> tuple[F32, I64]:
+        """All entries of these lists with this score or a better one."""
         held = int(self.sizes[lists].sum())
         bar = np.nextafter(np.float32(score), np.float32(-np.inf))
         self._faiss.omp_set_num_threads(1)
-        size = min(len(search.scores), held)
+        size = min(batch.scores.shape[1], held)
         while True:
             scores, ids = np.full(size, bar, dtype=np.float32), np.full(size, -1, dtype=np.int64)
-            self._call(search.query, lists[None, :], scores, ids, search.only)
+            self._call(batch.queries[row], lists[None, :], scores, ids, batch.only)
             found = ids >= 0
             if size == held or not found.all():  # a free place is left: nothing was dropped
                 return scores[found], ids[found]
@@ -798,7 +1030,8 @@ class Lists:
         """The result, after scanning what is left and was not stopped. Raises `CancelledError` for a cancelled one."""
         if search.cancelled:
             raise CancelledError("the search was cancelled")
-        self.scan([search])
+        if not search.done:
+            self.scan([search])
         return self.best(search)
 
     # -------------------------------------------------------------------------------------------- vectors
@@ -823,13 +1056,31 @@ class Lists:
         return out
 
 
-def _most(k: int, count: int) -> int:
-    """How many of the best k there can be; 1 where there are none, for a heap has a place."""
-    return max(1, min(k, count))
+def _alike(k: Sequence[int], only: Sequence[Selection | None] | None) -> list[list[int]]:
+    """The numbers of the searches, those together that have one k and one selection."""
+    if only is None and k.count(k[0] if k else 0) == len(k):
+        return [list(range(len(k)))] if k else []
+    groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    for n, one in enumerate(k):
+        groups[one, 0 if only is None else id(only[n])].append(n)
+    return list(groups.values())
 
 
-def _empty(count: int, keep: int) -> tuple[F32, I64]:
-    return np.full((count, keep), -np.inf, dtype=np.float32), np.full((count, keep), -1, dtype=np.int64)
+def _products(a: F32, b: F32) -> F32:
+    """The inner product of each row of `a` with each of `b`, of shape (len(a), len(b)), in tiles (`_TILE_PRODUCTS`)."""
+    (count, dim), size = a.shape, len(b)
+    rows = max(1, _TILE_PRODUCTS // (size * dim))
+    if size * dim > _TILE_PRODUCTS:
+        step = max(1, _TILE_PRODUCTS // dim)
+        return np.concatenate([_products(a, b[n : n + step]) for n in range(0, size, step)], axis=1)
+    if count <= rows:
+        return np.asarray(a @ b.T)
+    even = count - count % rows
+    out = np.empty((count, size), dtype=np.float32)
+    np.matmul(a[:even].reshape(-1, rows, dim), b.T, out=out[:even].reshape(-1, rows, size))
+    if even < count:
+        np.matmul(a[even:], b.T, out=out[even:])
+    return out
 
 
 def _bars(scores: F32, nprobe: int) -> F32:
@@ -851,7 +1102,7 @@ def _cut(
     """The part of the work that a budget allows, by nearness and then by search; and what the budget has left."""
     owner = np.repeat(np.arange(len(work)), [len(ranks) for _, ranks in work])
     place = np.concatenate([np.arange(len(ranks)) for _, ranks in work])
-    held = np.concatenate([_of(search.codes, ranks) for search, ranks in work])
+    held = np.concatenate([_of(search.costs, ranks) for search, ranks in work])
     order = np.argsort(place, kind="stable")
     spent = np.cumsum(held[order])
     count = len(order)

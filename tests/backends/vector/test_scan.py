@@ -16,7 +16,7 @@ from flowc.backends.embed.hashing import HashingEmbedder
 from flowc.backends.vector import Passage, open_index
 from flowc.backends.vector.bm25 import BM25Retriever
 from flowc.backends.vector.ivf import IVFRetriever
-from flowc.backends.vector.scan import SHARED_ENOUGH, Lists, ListSearch, _Forms, load_faiss
+from flowc.backends.vector.scan import SHARED_ENOUGH, Form, Lists, ListSearch, _Forms, load_faiss
 from flowc.ir.errors import ResourceError
 from flowc.ir.values import Docs
 from flowc.runtime.protocols import Bounded, Budget, ElasticRetriever, ScanBudget, SearchRequest
@@ -82,16 +82,20 @@ def rows(found: tuple[F32, I64]) -> Row:
 
 
 class Always(_Forms):
-    """Scans every wave in one form."""
+    """Scans every wave in one form, where it can be had."""
 
-    def __init__(self, by_list: bool) -> None:
+    def __init__(self, form: Form) -> None:
         super().__init__()
-        self.always = by_list
+        self.always = form
         self.asked = 0
 
-    def by_list(self, share: float, keep: int, codes: int) -> bool:
+    def choose(self, share: float, keep: int, codes: int, products: bool) -> Form:
         self.asked += 1
-        return self.always
+        return "list" if self.always == "products" and not products else self.always
+
+
+FORMS: tuple[Form, ...] = ("query", "list", "products")
+forms_ = st.sampled_from(FORMS)
 
 
 vectors_ = st.builds(
@@ -133,7 +137,7 @@ def test_any_split_order_company_and_form_gives_the_one_shot_search(
     searches = [lists.begin(query, k, nprobe) for query, (_, k, nprobe) in zip(queries, wanted, strict=True)]
     cancelled: set[int] = data.draw(st.sets(st.sampled_from(range(len(searches)))), label="cancelled")
     for _ in range(data.draw(st.integers(0, 12), label="steps")):
-        lists._forms = Always(data.draw(st.booleans(), label="by list"))
+        lists._forms = Always(data.draw(forms_, label="form"))
         who = data.draw(st.lists(st.sampled_from(range(len(searches))), unique=True, max_size=9), label="who")
         if data.draw(st.booleans(), label="by ranks"):
             work: list[tuple[ListSearch, Sequence[int] | I64]] = []
@@ -207,8 +211,8 @@ def test_every_list_read_once_for_all_is_what_each_reads_alone(built: Built, emb
     texts = [f"how do I use the module {n}" for n in ("socket", "asyncio", "typing", "abc", "email", "sqlite3")] * 8
     requests = [SearchRequest(text + str(n % 13), 1 + n % 40, 1 + n % 16) for n, text in enumerate(texts)]
     expected = [index.search([request])[0] for request in requests]
-    for by_list in (True, False):
-        index.lists._forms = forms = Always(by_list)
+    for form in FORMS:
+        index.lists._forms = forms = Always(form)
         assert index.search(requests) == expected
         assert forms.asked > 0
 
@@ -219,7 +223,7 @@ def test_results_do_not_depend_on_how_rows_are_cut_into_calls(
     index = opened(built("ivf"), embedder)
     requests = [SearchRequest(f"open a file {n}", 3 + n % 6, 16) for n in range(20)]
     expected = index.search(requests)
-    index.lists._forms = Always(True)
+    index.lists._forms = Always("list")
     for size in (1, 3_000, 10**9):
         monkeypatch.setattr("flowc.backends.vector.scan._ROW_BYTES", size)
         assert index.search(requests) == expected
@@ -455,40 +459,43 @@ def test_a_word_search_knows_its_one_unit_and_its_index(built: Built) -> None:
 # ------------------------------------------------------------------------------------------------ which form
 def test_waves_that_share_little_go_query_by_query() -> None:
     forms = _Forms()
-    assert not forms.by_list(SHARED_ENOUGH - 0.01, 16, 10**6)
-    forms.learn(SHARED_ENOUGH - 0.01, 16, 10**6, False, 1.0)
-    assert forms.by_list(SHARED_ENOUGH, 16, 10**6)
+    assert forms.choose(SHARED_ENOUGH - 0.01, 16, 10**6, True) == "query"
+    forms.learn(SHARED_ENOUGH - 0.01, 16, 10**6, "query", 1.0)
+    assert forms.choose(SHARED_ENOUGH, 16, 10**6, True) == "list"
 
 
-def test_the_cheaper_form_is_learnt_and_the_other_tried_now_and_then() -> None:
+def test_the_cheapest_form_is_learnt_and_the_others_tried_now_and_then() -> None:
     forms = _Forms()
-    cost = {True: 3.0, False: 1.0}
-    taken = []
-    for _ in range(100):
-        by_list = forms.by_list(4.0, 16, 100_000)
-        taken.append(by_list)
-        forms.learn(4.0, 16, 100_000, by_list, cost[by_list])
-    assert taken[0] is True
-    assert taken[1] is False
-    assert sum(taken[:6]) == 3
-    assert 2 <= sum(taken[6:]) <= 4
-    cost = {True: 1.0, False: 3.0}  # the machine changes its mind
-    for _ in range(600):
-        by_list = forms.by_list(4.0, 16, 100_000)
-        taken.append(by_list)
-        forms.learn(4.0, 16, 100_000, by_list, cost[by_list])
-    assert sum(taken[-64:]) >= 60
-    assert forms.by_list(16.0, 16, 100_000) is True  # sharing of another order is learnt apart
-    small = [forms.by_list(4.0, 16, 100) for _ in range(40)]
-    assert len(set(small)) == 1  # nothing is tried on waves too small to measure
+    cost: dict[Form, float] = {"list": 3.0, "query": 1.0, "products": 2.0}
+    taken: list[Form] = []
+
+    def go(waves: int, products: bool = True) -> None:
+        for _ in range(waves):
+            form = forms.choose(6.0, 16, 100_000, products)
+            taken.append(form)
+            forms.learn(6.0, 16, 100_000, form, cost[form])
+
+    go(100)
+    assert taken[:9] == ["products", "list", "query"] * 3
+    assert 2 <= len([form for form in taken[9:] if form != "query"]) <= 4
+    cost = {"list": 1.0, "query": 3.0, "products": 2.0}  # the machine changes its mind
+    go(600)
+    assert taken[-64:].count("list") >= 60
+    assert set(taken[100:]) == set(FORMS)
+    assert forms.choose(16.0, 16, 100_000, True) == "products"  # sharing of another order is learnt apart
+    assert {forms.choose(6.0, 16, 100, True) for _ in range(40)} == {"list"}  # nothing is tried on small waves
+    cost = {"list": 3.0, "query": 2.0, "products": 1.0}
+    del taken[:]
+    go(600, products=False)  # an index that has none
+    assert set(taken) == {"list", "query"}
 
 
 def test_padding_of_unequal_heaps_never_enters_a_result(passages: list[Passage], built: Built) -> None:
     index = opened(built("ivf"), HashingEmbedder(64))
     requests = [SearchRequest("socket", k, 16) for k in (10, 13, 17, 25)]  # heaps of 16 to 31: one call
     alone = [index.search([request])[0] for request in requests]
-    for by_list in (True, False):
-        index.lists._forms = Always(by_list)
+    for form in FORMS:
+        index.lists._forms = Always(form)
         searches = begun(index, *requests)
         for _ in range(4):
             index.run([(s, s.remaining()[:4]) for s in searches])
@@ -510,7 +517,7 @@ def test_a_batch_in_one_call_is_its_searches_one_by_one(data: st.DataObject, vec
     same = data.draw(st.none() | sizes, label="k of all")
     k = [same or data.draw(sizes) for _ in range(count)]
     nprobe = [data.draw(st.integers(1, lists.nlist)) for _ in range(count)]
-    lists._forms = Always(data.draw(st.booleans(), label="by list"))
+    lists._forms = Always(data.draw(forms_, label="form"))
     together = lists.search(queries, k, nprobe)
     for query, want, probes, found in zip(queries, k, nprobe, together, strict=True):
         alone = lists.begin(query, want, probes)
