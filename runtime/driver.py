@@ -16,33 +16,40 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import Context, copy_context
+from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flowc.ir.errors import OperationTypeError, ProgramTimeoutError, RunError
+from flowc.ir.ops import OPS
 from flowc.ir.values import Docs
 
 from .lanes import Answer, Lane, LoopLane, worker
 from .plan import (
+    ADVICE,
+    AHEAD,
     CALL,
     CALL0,
     CALL1,
     CALL2,
     CALLN,
     COROUTINE,
+    EACH,
     FOREACH,
     IF,
     INVOKE,
     LANE,
+    SEARCH,
     SLOW_S,
     TASK,
     TOOL,
     TRY,
     WHILE,
+    AdviceNode,
     ForeachNode,
     InvokeNode,
     LaneNode,
@@ -56,6 +63,7 @@ from .program import (
     BODY,
     CALLEE,
     CONDITION,
+    GENERATION,
     HANDLER,
     ITEM,
     ITEMS,
@@ -69,23 +77,26 @@ from .program import (
     Handle,
     LaneItem,
     Program,
+    Waiter,
 )
 from .program import TRY as TRY_BODY
 from .pycode import loop_limit, while_handling
 from .reference import backoff_s, no_such_tool, node_timeout, recursion_limit
-from .requests import LANE_OF, label_of, make_request, timeout_of
+from .requests import LANE_OF, make_request, timeout_of, told_of
 from .scheduling import tenant
-from .trace import Trace, current
+from .stages import Announced, Follower, Searching, Splitter, Words, all_of, close_items
+from .trace import Record, Trace, current
 from .tracebacks import blame, chain, clean
 
 if TYPE_CHECKING:
     from .engine import Runtime
+    from .scheduling import Turn
 
 _END = object()
 _AT_ONCE = frozenset({list, tuple, range, str, Docs, dict, set, frozenset})
 """Types whose items can be taken all at once: iterating over them runs nobody's code."""
 
-_NOTED = frozenset({"tool", "invoke", "embed", "search", "rerank", "generate", "choose", "parse"})
+_NOTED = frozenset({"tool", "invoke", *(name for name, spec in OPS.items() if spec.has_resource)})
 _OWN_FRAME = frozenset({"py", "fused", "template"})  # their code stands at the user's line already
 
 clock = time.perf_counter
@@ -141,6 +152,7 @@ class Driver:
         self._has_flush = self._has_ended = False
         self._has_room = False  # may the task that runs now take on a coroutine?
         self._next: CallItem | None = None
+        self._prefix_count = 0  # of prefixes computed ahead: part of their keys
 
     # -- programs
     def start(
@@ -209,6 +221,9 @@ class Driver:
             program.timer = None
         self.active.pop(program.id, None)
         self._has_ended = True
+        if program.announced is not None:
+            for announced in program.announced.values():
+                announced.cancel()
         if self.runtime.table is not None:
             self.runtime.table.leave(program)
         if program.trace is not None:
@@ -217,12 +232,7 @@ class Driver:
             program.on_done(program)
 
     def _program_timed_out(self, program: Program) -> None:
-        seconds = program.timeout_s
-        loc = program.plan.graph.loc
-        self.cancel(
-            program,
-            ProgramTimeoutError(f"workflow {program.plan.name} took longer than its timeout of {seconds:g} s", loc=loc),
-        )
+        self.cancel(program, timed_out(program.plan, program.timeout_s))
 
     # -- time
     def now(self) -> float:
@@ -514,6 +524,8 @@ class Driver:
                                 child.state = (iterator, lists)
                         elif kind == TRY:
                             child = Frame(program, fn.body, slots, frame, i - 1, TRY_BODY, fn, frame.depth, False)
+                        elif kind == EACH:
+                            child = self._each(frame, i - 1, fn)
                         else:
                             depth = frame.depth + 1
                             if depth > recursion_limit():
@@ -601,6 +613,8 @@ class Driver:
         except BaseException as e:
             frame.dead = True
             return self._op_failed(parent, frame.index, e)
+        if node.generation is not None:
+            lists = [parent.slots[node.generation.out], items, *lists]
         parent.slots[node.out] = lists
         return _return_to(parent, frame)
 
@@ -630,6 +644,8 @@ class Driver:
         """Nothing of a region is open any more: what comes next."""
         if frame.error is not None:
             return self._fail(frame, frame.error_at, frame.error)
+        if frame.held is not None:
+            frame.drop()
         ret = frame.ret
         slots = frame.slots
         parent = frame.parent
@@ -698,11 +714,15 @@ class Driver:
     def _op_failed(self, frame: Frame, index: int, error: BaseException) -> Frame | None:
         """An instruction raised: puts its line into the traceback and looks what that means."""
         block = frame.block
-        op = block.ops[index]
+        if index == GENERATION:
+            assert frame.parent is not None
+            op = frame.parent.block.ops[frame.index]
+        else:
+            op = block.ops[index]
         if op.name in _OWN_FRAME:
             clean(error)
         else:
-            blame(error, label_of(op) if op.name in _NOTED else None, op.loc, block.frame_of(op), block.workflow)
+            blame(error, told_of(op) if op.name in _NOTED else None, op.loc, block.frame_of(op), block.workflow)
         return self._fail(frame, index, error)
 
     def _fail(self, frame: Frame, index: int, error: BaseException) -> Frame | None:
@@ -725,6 +745,8 @@ class Driver:
                     return frame  # something before it is open and may still fail itself
             error = frame.error
             frame.dead = True
+            if frame.held is not None:
+                frame.drop()
             parent = frame.parent
             if parent is None:
                 self._finish(frame.program, None, error)
@@ -770,6 +792,14 @@ class Driver:
         """Starts an instruction that may wait; None if it is done already."""
         if kind == LANE:
             return self._enqueue(frame, index, node)
+        if kind == SEARCH:
+            return self._search_stage(frame, index, node)
+        if kind == AHEAD:
+            self._begin_ahead(frame, index, node)
+            return None
+        if kind == ADVICE:
+            self._advise(frame, index, node)
+            return None
         slots = frame.slots
         kwargs: dict[str, Any] = {}
         target: Target
@@ -823,9 +853,10 @@ class Driver:
         item.frame.slots[item.out] = value
         return True
 
-    def _watch(self, handle: Handle, timeout_s: float | None) -> None:
+    def _watch(self, handle: Handle, timeout_s: float | None, left_s: float | None = None) -> None:
         if timeout_s is not None:
-            handle.timer = self.call_later(timeout_s, lambda: self._node_timed_out(handle, timeout_s))
+            delay_s = timeout_s if left_s is None else left_s
+            handle.timer = self.call_later(delay_s, lambda: self._node_timed_out(handle, timeout_s))
 
     def _node_timed_out(self, handle: Handle, timeout_s: float) -> None:
         if handle.dead:
@@ -833,36 +864,265 @@ class Driver:
         handle.timer = None
         handle.cancel()
         frame = handle.frame
-        op = frame.block.ops[handle.index]
-        after = self._op_failed(frame, handle.index, node_timeout(label_of(op), timeout_s, op))
+        op = handle.op
+        after = self._op_failed(frame, handle.index, node_timeout(told_of(op), timeout_s, op))
         if after is not None:
             self._run(after)
 
-    def _enqueue(self, frame: Frame, index: int, node: LaneNode) -> LaneItem:
+    def _enqueue(self, frame: Frame, index: int, node: LaneNode) -> LaneItem | None:
+        """Asks a lane for an operation; None if what was begun ahead has answered it."""
         slots = frame.slots
         options: Mapping[str, Any] = node.options
         if node.dynamic:
             options = {**options, **{name: slots[slot] for name, slot in node.dynamic}}
         kind = node.kind
-        program = frame.program
-        table = self.runtime.table
-        ticket = table.turn(program, frame, index, self.now()) if table is not None else None
-        request = make_request(kind, node.operands(slots), options, ticket)
-        lane = self.runtime.lane(LANE_OF[kind], node.resource)
-        item = LaneItem(self, frame, index, node, lane, request, lane.key(kind, request), ticket)
-        if node.is_tail and frame.tail and program.on_text is not None:
-            item.on_text = program.on_text
         timeout = options.get("timeout")
+        item: LaneItem | None = None
+        if node.ahead is not None:
+            asked = make_request(kind, node.operands(slots), {**options, "timeout": None})
+            item = _fitting(slots[node.ahead], node, asked)
+        if item is not None:
+            if self._take(item, frame, index, node):
+                return None
+        else:
+            ticket = self._ticket(frame, index)
+            request = make_request(kind, node.operands(slots), options, ticket)
+            lane = self.runtime.lane(LANE_OF[kind], node.resource)
+            item = LaneItem(self, frame, index, node, lane, request, lane.key(kind, request), ticket)
+            item.on_text = self._listener(frame, index, node)
+            self._put(item)
+        if node.kv is not None:
+            item.kv = slots[node.kv]
         if timeout is not None:
             self._watch(item, timeout_of(timeout))
-        if program.trace is not None:
-            program.trace.queued(item, frame.block.ops[index], lane.label)
+        return item
+
+    def _ticket(self, frame: Frame, index: int) -> Turn | None:
+        table = self.runtime.table
+        if table is None:
+            return None
+        if index == GENERATION:
+            assert frame.parent is not None
+            frame, index = frame.parent, frame.index
+        return table.turn(frame.program, frame, index, self.now())
+
+    def _put(self, item: LaneItem) -> None:
+        """Into its lane, with all else that this turn comes to."""
+        lane = item.lane
+        trace = item.frame.program.trace
+        if trace is not None:
+            trace.queued(item, item.op, lane.label)
         waiting = self._outbox.get(lane)
         if waiting is None:
             self._outbox[lane] = [item]
         else:
             waiting.append(item)
+
+    def _listener(self, frame: Frame, index: int, node: LaneNode) -> Callable[[str], None] | None:
+        """Who hears what a generation writes, as it is written."""
+        program = frame.program
+        listeners: list[Callable[[str], None]] = []
+        if node.is_tail and frame.tail and program.on_text is not None:
+            listeners.append(program.on_text)
+        if node.lookahead and program.announced is not None:
+            told = [program.announced.get(("search", resource, site)) for resource, site in node.lookahead]
+            follow = [(one.follow, one.key) for one in told if one is not None and one.follow is not None]
+            if follow:
+                listeners.append(Follower(follow))
+        if index == GENERATION:
+            listeners.append(self._splitting(frame))
+        return all_of(listeners)
+
+    # -- a generation that is split while it is written
+    def _each(self, frame: Frame, index: int, node: ForeachNode) -> Frame:
+        """The frame for all items of an `llm.each`, with the generation open in it as what comes before them."""
+        child = Frame(frame.program, node.body, frame.slots, frame, index, ITEMS, node, frame.depth, frame.tail)
+        child.state = [[], [], True]
+        assert node.generation is not None
+        child.open = {GENERATION: self._enqueue(child, GENERATION, node.generation)}
+        return child
+
+    def _splitting(self, frame: Frame) -> Callable[[str], None]:
+        splitter = Splitter(frame.node.split)
+
+        def on_text(piece: str) -> None:  # in a lane's thread
+            items = splitter.feed(piece)
+            if items and not frame.dead:
+                self.post(lambda: self._go_on_with(frame, items))
+
+        return on_text
+
+    def _go_on_with(self, frame: Frame, items: Sequence[str]) -> None:
+        if not frame.dead:
+            frame.state[0].extend(items)
+            self._run(frame)
+
+    # -- what is begun ahead
+    def _begin_ahead(self, frame: Frame, index: int, node: LaneNode) -> None:
+        """Begins an operation that may turn out not to be needed, if its lane has room. Nobody waits for it yet."""
+        slots = frame.slots
+        slots[node.out] = None
+        options: Mapping[str, Any] = node.options
+        if node.dynamic:
+            options = {**options, **{name: slots[slot] for name, slot in node.dynamic if name != "timeout"}}
+        kind = node.kind
+        try:
+            request = make_request(kind, node.operands(slots), options)
+            lane = self.runtime.lane(LANE_OF[kind], node.resource)
+            key = lane.key(kind, request)
+        except Exception:
+            return  # who needs it in earnest will be told
+        if self._is_busy(lane):
+            return
+        item = slots[node.out] = self._ahead(frame, index, node, lane, request, key)
+        if kind == "generate" and frame.program.on_text is not None:
+            item.on_text = item.words = Words()
+        self._put(item)
+
+    def _is_busy(self, lane: Lane) -> bool:
+        """Would work that is perhaps not needed get into the way of other work? HedraRAG's T_curr / T_max >= tau."""
+        at = self._loop_lanes.get(lane)
+        waiting = len(self._outbox.get(lane, ())) + (lane.load() if at is None else at.load())
+        return waiting >= self.runtime.ahead_share * lane.max_batch * lane.max_calls
+
+    def _ahead(
+        self, frame: Frame, index: int, node: LaneNode, lane: Lane, request: Any, key: tuple[Any, ...]
+    ) -> LaneItem:
+        """An item that belongs to no instruction yet: it ends with the region unless one takes it."""
+        item = LaneItem(self, frame, index, node, lane, request, key, self._ticket(frame, index))
+        item.is_ahead = True
+        frame.hold(item)
         return item
+
+    def _take(self, item: LaneItem, frame: Frame, index: int, node: LaneNode) -> bool:
+        """Makes what was begun ahead the instruction's own request. True if it has been answered already."""
+        assert item.frame.held is not None
+        item.frame.held.remove(item)
+        trace, record = frame.program.trace, item.record
+        if record is not None:  # what began it ends here, and has won the time since
+            item.record = Record(record.number, record.queued_s)
+            item.note_end("finished")
+        item.frame, item.index, item.node, item.out, item.is_ahead = frame, index, node, node.out, False
+        if trace is not None:
+            trace.queued(item, item.op, item.lane.label)
+        if item.words is not None:
+            listener = self._listener(frame, index, node)
+            if listener is not None:
+                item.words.pass_to(listener)
+        if item.answer is None:
+            return False
+        if item.record is not None and record is not None and record.ended_s is not None:
+            assert record.started_s is not None
+            item.record.ended_s = self.now()
+            item.record.started_s = item.record.ended_s - (record.ended_s - record.started_s)
+        item.dead = True
+        frame.slots[item.out] = item.read(item.answer[1])
+        item.note_end("finished")
+        return True
+
+    # -- searches in pieces
+    def _search_stage(self, frame: Frame, index: int, node: LaneNode) -> Handle | None:
+        slots = frame.slots
+        trace = frame.program.trace
+        start_s = self.now() if trace is not None else 0.0
+        if node.stage == "begin":
+            options = {**node.options, **{name: slots[slot] for name, slot in node.dynamic}}
+            request = make_request("search", node.operands(slots), options, self._ticket(frame, index))
+            lane = self.runtime.lane("search", node.resource)
+            slots[node.out] = Searching(request, lane, self.now(), timeout_of(options.get("timeout")))
+        else:
+            (searching,) = node.operands(slots)
+            if searching.docs is None:
+                if node.stage == "partial":
+                    return self._partial(frame, index, node, searching)
+                return self._scan(frame, index, node, searching)
+            slots[node.out] = searching if node.stage == "scan" else searching.docs
+        if trace is not None:
+            trace.ran(frame.program, node.label, frame.block.ops[index].loc, start_s, True)
+        return None
+
+    def _scan(self, frame: Frame, index: int, node: LaneNode, searching: Searching) -> LaneItem:
+        item = searching.item
+        if item is not None and item.is_ahead and item.answer is None and not item.dead:
+            self._take(item, frame, index, node)
+        else:
+            item = self._asked(frame, index, node, searching)
+            self._put(item)
+        timeout_s = searching.timeout_s
+        if timeout_s is not None:
+            self._watch(item, timeout_s, max(0.0, searching.begun_s + timeout_s - self.now()))
+        return item
+
+    def _partial(self, frame: Frame, index: int, node: LaneNode, searching: Searching) -> Waiter:
+        if searching.item is None or searching.item.dead or searching.item.answer is not None:
+            item = self._asked(frame, index, node, searching)
+            item.is_ahead = True  # until the scan takes it
+            frame.hold(item)
+            self._outbox.setdefault(item.lane, []).append(item)
+        waiter = Waiter(self, frame, index, node.out, searching.lane.label)
+        searching.partials.append((waiter, node.confidence))
+        trace = frame.program.trace
+        if trace is not None:
+            trace.queued(waiter, waiter.op, waiter.where)
+        return waiter
+
+    def _asked(self, frame: Frame, index: int, node: LaneNode, searching: Searching) -> LaneItem:
+        """The item in the lane that runs a search in pieces."""
+        ticket = self._ticket(frame, index)
+        request = searching.request if ticket is None else replace(searching.request, ticket=ticket)
+        lane = searching.lane
+        item = LaneItem(self, frame, index, node, lane, request, lane.key("search", request), ticket)
+        item.searching, searching.item = searching, item
+        return item
+
+    # -- advice
+    def _advise(self, frame: Frame, index: int, node: AdviceNode) -> None:
+        """Tells a backend that is in use already and takes advice what is to come. Never fails."""
+        program, slots = frame.program, frame.slots
+        if node.out is not None:
+            slots[node.out] = None
+        lane = self.runtime.known_lane(node.lane, node.resource)
+        if lane is None:
+            return
+        start_s = self.now() if program.trace is not None else 0.0
+        try:
+            self._tell(frame, node, lane.backend, node.operands(slots))
+        except Exception:
+            pass
+        if program.trace is not None:
+            program.trace.ran(program, node.label, frame.block.ops[index].loc, start_s, True)
+
+    def _tell(self, frame: Frame, node: AdviceNode, backend: Any, operands: Sequence[Any]) -> None:
+        program = frame.program
+        site = (node.lane, node.resource, node.site)
+        announced = program.announced
+        if node.what == "kv.release":
+            told = announced.pop(site, None) if announced is not None else None
+            if told is not None:
+                told.cancel()
+            return
+        if not hasattr(backend, "release") or not all(isinstance(v, str) for v in operands[-1:]):
+            return
+        if announced is None:
+            announced = program.announced = {}
+        key: Hashable = (program.id, node.site)
+        match node.what:
+            case "kv.hint":
+                announced[site] = Announced(key, backend.release)
+                backend.hint(key, node.prefix + _joined(operands), node.value)
+            case "kv.pin":
+                backend.pin(_joined(operands), node.value)
+            case "cluster.prefetch":
+                announced[site] = Announced(key, backend.release, backend.follow)
+                backend.predict(key, operands[0], node.value)
+            case "llm.prefill" | "llm.extend":
+                before = operands[0] if node.what == "llm.extend" else None
+                if before is None:
+                    self._prefix_count += 1
+                    before = Announced((program.id, "kv", self._prefix_count), backend.release)
+                    frame.hold(before)
+                frame.slots[node.out] = before
+                backend.prefill(before.key, operands[-1])
 
     def _start_task(self, item: CallItem) -> None:
         """Lets a task of the loop, if there is one yet, await the item's coroutine: the task at hand if it has room."""
@@ -993,11 +1253,17 @@ class Driver:
         if type(handle) is LaneItem:
             if handle.ticket is not None:
                 handle.ticket.end(self.now())
+            if handle.is_ahead:
+                _keep(handle, ok, value)
+                return None
             if ok:
                 try:
                     value = handle.read(value)
+                    if handle.index == GENERATION:
+                        close_items(frame.state[0], value, frame.node.split)
                 except BaseException as e:
                     ok, value = False, e
+            value = _after(handle, ok, value)
         elif (
             not ok
             and isinstance(handle, CallItem)
@@ -1017,6 +1283,11 @@ class Driver:
         frame.slots[handle.out] = value
         _settle(frame, handle.index)
         return frame
+
+
+def timed_out(plan: Plan, seconds: float | None) -> ProgramTimeoutError:
+    message = f"workflow {plan.name} took longer than its timeout of {seconds:g} s"
+    return ProgramTimeoutError(message, loc=plan.graph.loc)
 
 
 def _settle(frame: Frame, index: int) -> None:
@@ -1051,9 +1322,61 @@ def _cancel(handle: Any) -> None:
         one = stack.pop()
         if isinstance(one, Frame):
             one.dead = True
+            if one.held is not None:
+                one.drop()
             stack.extend(h for h in reversed(one.open.values()) if h is not None)  # in program order
         else:
             one.cancel()
+
+
+def _fitting(begun: Any, node: LaneNode, asked: Any) -> LaneItem | None:
+    """What was begun ahead, if just this was asked and it has not failed; otherwise that is cancelled."""
+    if not isinstance(begun, LaneItem) or not begun.is_ahead or begun.dead:
+        return None
+    theirs = begun.node
+    assert theirs is not None
+    has_failed = begun.answer is not None and not begun.answer[0]
+    if has_failed or theirs.resource != node.resource or theirs.kind != node.kind or begun.request != asked:
+        begun.cancel()
+        return None
+    return begun
+
+
+def _keep(item: LaneItem, ok: bool, answer: Any) -> None:
+    """The answer to what was begun ahead is there before anybody needs it."""
+    item.answer = (ok, answer)
+    if item.searching is not None:
+        try:
+            item.searching.answer(item.read(answer) if ok else None)
+        except Exception:
+            item.searching.answer(None)
+
+
+def _after(item: LaneItem, ok: bool, value: Any) -> Any:
+    """What else the end of an item means; gives its instruction's value."""
+    if item.kv is not None:
+        item.kv.cancel()
+    node, program = item.node, item.frame.program
+    if node is not None and node.site is not None and program.announced is not None and node.kind == "search":
+        told = program.announced.pop(("search", node.resource, node.site), None)
+        if told is not None:
+            told.cancel()
+    searching = item.searching
+    if searching is not None:
+        searching.answer(value if ok else None)
+        if ok and node is not None and node.stage == "scan":
+            return searching
+    return value
+
+
+def _joined(values: Sequence[Any]) -> str:
+    """The beginning of a text made of these, as far as it is known how they read."""
+    text = []
+    for value in values:
+        if not isinstance(value, str | Docs):
+            break
+        text.append(str(value))
+    return "".join(text)
 
 
 def _invoked(node: InvokeNode, slots: list[Any]) -> tuple[Target, dict[str, Any]]:

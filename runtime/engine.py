@@ -41,7 +41,8 @@ class Runtime:
     synchronous tools run at once outside the driver's thread; with 0 they never leave it (a simulation wants that:
     nothing then depends on real time). `trace` records every run that names no trace of its own. `policy` says whose
     requests go first where programs meet, by name (see `flowc.runtime.scheduling`) or as a `Policy`; `shares` are the
-    weights of tenants under "fair", 1 where not named. ConfigError where there is no such policy.
+    weights of tenants under "fair", 1 where not named. ConfigError where there is no such policy. What may turn out not
+    to be needed is begun ahead in a lane of which less than `ahead_share` is taken (0: never).
     """
 
     def __init__(
@@ -53,10 +54,12 @@ class Runtime:
         name: str = "flowc",
         policy: str | Policy = "fcfs",
         shares: Mapping[str, float] | None = None,
+        ahead_share: float = 0.5,
     ) -> None:
         chosen = make_policy(policy) if isinstance(policy, str) else policy
         self.table = ProgramTable(chosen, shares) if chosen is not None else None
         self.resources = resources
+        self.ahead_share = ahead_share
         self.trace = trace
         self.name = name
         self.pool = ThreadPool(io_threads, name) if io_threads else None
@@ -400,6 +403,10 @@ class Runtime:
             if lane is None:
                 lane = self._lanes[kind, name] = Lane(kind, name, find_backend(self.resources, kind, name), self.name)
         return lane
+
+    def known_lane(self, kind: str, name: str) -> Lane | None:
+        """The lane of a resource that has been used before."""
+        return self._lanes.get((kind, name))
 
     def forget(self, lane: str, name: str) -> None:
         """Closes a resource's lane: the next use finds its backend again. Calls in progress finish."""

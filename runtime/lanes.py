@@ -130,6 +130,7 @@ class Lane:
         self._ready = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._waiting = 0  # workers that have nothing to do
+        self._in_calls = 0  # items that the backend works on
         self._thread_name = f"{runtime_name}-{kind}-{name}"
         self._is_closed = False
 
@@ -155,6 +156,10 @@ class Lane:
                 self._queue.remove(item)
             except ValueError:
                 pass
+
+    def load(self) -> int:
+        """How many items wait or are being worked on."""
+        return len(self._queue) + self._in_calls
 
     def close(self) -> list[LaneItem]:
         """Ends the workers after the calls that they are in; gives the items that nobody will answer."""
@@ -182,8 +187,10 @@ class Lane:
             thread.start()
 
     def _work(self) -> None:
+        served = 0
         while True:
             with self._ready:
+                self._in_calls -= served
                 while not self._queue and not self._is_closed:
                     self._waiting += 1
                     self._ready.wait()
@@ -191,6 +198,8 @@ class Lane:
                 if self._is_closed:
                     return
                 batch = next_wavefront(self._queue, self.max_batch)
+                served = len(batch)
+                self._in_calls += served
                 if self._queue:
                     self._staff()  # what is left need not wait for this call
             self._answer(batch)
@@ -228,6 +237,10 @@ class LoopLane:
         self.deliver = deliver
         self.queue: deque[LaneItem] = deque()
         self.calls: dict[asyncio.Task[list[Answer]], list[LaneItem]] = {}
+
+    def load(self) -> int:
+        """How many items wait or are being worked on."""
+        return len(self.queue) + sum(map(len, self.calls.values()))
 
     def forget(self, item: LaneItem) -> None:
         """Takes a cancelled item out; a call that nobody waits for any more is cancelled itself."""

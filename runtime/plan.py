@@ -21,16 +21,17 @@ from typing import Any
 from flowc.ir.core import Graph, Op, Region, Value, free_values, walk
 from flowc.ir.effects import has_groups, order_edges
 from flowc.ir.errors import CompileError
-from flowc.ir.ops import effect_of, keyword_operands
+from flowc.ir.ops import OPS, effect_of, keyword_operands
 from flowc.ir.values import UNDEF
 
 from . import pycode
-from .requests import OPTIONS, label_of
+from .requests import HINTS, OPTIONS, label_of
 from .symbols import Symbols, declared_limits, function_of, is_async_callable
 
 # Kinds of instructions. Up to TOOL they run on the spot.
 CALL0, CALL1, CALL2, CALLN, TOOL = range(5)
-IF, WHILE, FOREACH, TRY, CALL, LANE, COROUTINE, TASK, INVOKE = range(5, 14)
+IF, WHILE, FOREACH, TRY, EACH, CALL = range(5, 11)
+LANE, COROUTINE, TASK, INVOKE, AHEAD, SEARCH, ADVICE = range(11, 18)
 
 Fn = Callable[..., Any]
 Getter = Callable[[list[Any]], Sequence[Any]]
@@ -122,6 +123,27 @@ class LaneNode:
     out: Any
     is_tail: bool
     label: str
+    ahead: int | None = None  # slot of what was begun ahead for it
+    kv: int | None = None  # slot of its prompt's prefix, computed ahead
+    site: int | None = None
+    lookahead: tuple[tuple[str, int], ...] = ()  # (index, site) of each search to predict again while it writes
+    stage: str = ""  # of a search in pieces: begin, scan, partial or finish
+    confidence: float = 1.0  # how certain a partial result must be
+
+
+@dataclass(slots=True)
+class AdviceNode:
+    """Advice for a backend. `what` is the operation, `value` its number of seconds or steps."""
+
+    what: str
+    lane: str
+    resource: str
+    operands: Getter
+    site: int
+    prefix: str
+    value: float
+    out: Any
+    label: str
 
 
 @dataclass(slots=True)
@@ -157,6 +179,8 @@ class ForeachNode:
     is_parallel: bool
     is_gathered: bool  # all items are taken before the first one's body starts
     out: slice
+    generation: LaneNode | None = None  # of an `llm.each`: what writes the items
+    split: str = ""
 
 
 @dataclass(slots=True)
@@ -471,6 +495,16 @@ class _Body:
                 return (INVOKE, InvokeNode(found, name, arguments, self.out(op), handling), None, None, None)
             case "embed" | "search" | "rerank" | "generate" | "choose" | "parse":
                 return self.lane(op, bool(tails))
+            case "ivf.begin" | "ivf.scan" | "ivf.partial" | "ivf.finish":
+                return self.search_stage(op)
+            case "llm.each":
+                return self.each(op, needs, tails)
+            case name if name.startswith("ahead."):
+                begun = self.lane_node(op, name.removeprefix("ahead."), False)
+                begun.options.pop("timeout", None)  # time counts from where it is needed
+                return (AHEAD, begun, None, None, begun.out)
+            case name if name in OPS and OPS[name].is_advice:
+                return self.advice(op)
             case _:
                 raise CompileError(f"the runtime does not know the operation `{op.name}`", loc=op.loc)
 
@@ -539,26 +573,96 @@ class _Body:
         return (COROUTINE if target.is_async and not target.retries else TASK, node, None, None, out)
 
     def lane(self, op: Op, is_tail: bool) -> Instruction:
-        kind = op.name
+        node = self.lane_node(op, op.name, is_tail)
+        return (LANE, node, None, None, node.out)
+
+    def lane_node(self, op: Op, kind: str, is_tail: bool) -> LaneNode:
+        """What an operation asks its lane for; `kind` is the program-level operation whose request it is."""
         keywords = keyword_operands(op)
         plain = len(op.operands) - len(keywords)
-        allowed = {*OPTIONS[kind], "timeout"}
+        allowed = {*OPTIONS[kind], *HINTS, "timeout"}
         for name in keywords:
             if name not in allowed:
                 raise CompileError(f"`{kind}` takes no option `{name}`", loc=op.loc)
         options = {n: op.attrs[n] for n in (*OPTIONS[kind], "timeout") if op.attrs.get(n) is not None}
+        if op.attrs.get("drops"):
+            options["drop"] = True
         model = None
         if kind == "parse":
             model = self.builder.symbols.symbol(
                 self.graph, str(op.attrs["model"]), op.attrs.get("ref"), op.loc, "model"
             )
         operands = self.space.all(op.operands[:plain])
-        dynamic = tuple((name, self.space[op.operands[at].name]) for name, at in keywords.items())
-        out = self.out(op)
+        slots = {name: self.space[op.operands[at].name] for name, at in keywords.items()}
+        ahead, kv = slots.pop("ahead", None), slots.pop("kv", None)
         is_tail = is_tail and kind == "generate"
         self.builder.streams |= is_tail
-        node = LaneNode(kind, str(op.attrs["resource"]), operands, options, dynamic, model, out, is_tail, label_of(op))
-        return (LANE, node, None, None, out)
+        return LaneNode(
+            kind,
+            str(op.attrs["resource"]),
+            operands,
+            options,
+            tuple(slots.items()),
+            model,
+            self.out(op),
+            is_tail,
+            label_of(op),
+            ahead,
+            kv,
+            _site(op),
+            tuple(map(_lookahead, _texts(op.attrs.get("lookahead")))),
+        )
+
+    def search_stage(self, op: Op) -> Instruction:
+        node = self.lane_node(op, "search", False)
+        node.stage = op.name.removeprefix("ivf.")
+        node.confidence = float(op.attrs.get("confidence", 1.0))  # type: ignore[arg-type]
+        return (SEARCH, node, None, None, node.out)
+
+    def advice(self, op: Op) -> Instruction:
+        attrs = op.attrs
+        value: Any = next((attrs[n] for n in ("steps", "ttl", "window") if n in attrs), 0.0)
+        node = AdviceNode(
+            op.name,
+            OPS[op.name].lane,
+            str(attrs["resource"]),
+            self.space.all(op.operands),
+            _site(op) or 0,
+            str(attrs.get("prefix") or ""),
+            float(value),
+            self.out(op) if op.results else None,
+            label_of(op),
+        )
+        return (ADVICE, node, None, None, node.out)
+
+    def each(self, op: Op, needs: set[str], tails: frozenset[str]) -> Instruction:
+        (region,) = op.regions
+        outer = self.space
+        generation = self.lane_node(op, "generate", op.results[0].name in tails)
+        where = generation.out
+        generation.out = where.start
+        self.space = inner = _Space(outer)
+        params = inner.add(region.params)
+        body = self.inner(region, needs, frozenset(), None)
+        lists = tuple(inner[v.name] for v in region.yields)
+        body.slots, body.captures = inner.slots, inner.captures
+        self.space = outer
+        none = _getter([])
+        node = ForeachNode(
+            body,
+            none,
+            params.start,
+            slice(params.stop, params.stop),
+            None,
+            none,
+            lists,
+            True,
+            True,
+            where,
+            generation,
+            str(op.attrs["split"]),
+        )
+        return (EACH, node, None, None, where)
 
     # -- control flow
     def inner(self, region: Region, needs: set[str], tails: frozenset[str], handling: int | None) -> Block:
@@ -657,6 +761,21 @@ class _Body:
 
         node = TryNode(body, tuple(handlers), match, operands, tuple(errors), space.add(op.results))
         return (TRY, node, None, None, node.out)
+
+
+def _site(op: Op) -> int | None:
+    site = op.attrs.get("site")
+    return site if isinstance(site, int) else None
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return value if isinstance(value, tuple) else ()
+
+
+def _lookahead(text: str) -> tuple[str, int]:
+    """`resource#site` of a prediction."""
+    resource, _, site = text.rpartition("#")
+    return resource, int(site) if site.isdecimal() else -1
 
 
 def _new_cell(value: Any) -> list[Any]:

@@ -7,8 +7,11 @@ from contextvars import Context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flowc.ir.core import Op
+
 from .plan import Block, Instruction, LaneNode, Plan, Target
 from .requests import read_answer
+from .stages import Announced, Searching, Words
 from .trace import Kind, Record, Trace, traced_code
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ class Frame:
         "depth",
         "error",
         "error_at",
+        "held",
         "index",
         "node",
         "open",
@@ -82,11 +86,27 @@ class Frame:
         self.state: Any = None
         self.told = False  # does the parent know that this frame waits?
         self.dead = False
+        self.held: list[Cancellable] | None = None  # begun and not waited for: ends with the frame
+
+    def hold(self, begun: Cancellable) -> None:
+        """Lets something go on until the region ends, or somebody takes it."""
+        if self.held is None:
+            self.held = []
+        self.held.append(begun)
+
+    def drop(self) -> None:
+        """The region is over: nobody will take what was begun in it."""
+        held, self.held = self.held, None
+        for begun in held or ():
+            begun.cancel()
 
     @staticmethod
     def code_of(program: Program, block: Block) -> list[Instruction]:
         return block.code if program.trace is None else traced_code(block)
 
+
+GENERATION = -1
+"""Where a frame for all items of an `llm.each` keeps the generation that writes them: before the first of them."""
 
 # Shared and never written to: most frames never have anything open.
 NOTHING_OPEN: dict[int, Any] = {}
@@ -107,6 +127,14 @@ class Handle:
     record: Record | None  # what the trace notes of it
 
     @property
+    def op(self) -> Op:
+        frame, index = self.frame, self.index
+        if index == GENERATION:
+            assert frame.parent is not None
+            frame, index = frame.parent, frame.index
+        return frame.block.ops[index]
+
+    @property
     def where(self) -> str:
         """The lane, for the trace."""
         return ""
@@ -116,7 +144,7 @@ class Handle:
         if self.record is not None:
             trace = self.frame.program.trace
             assert trace is not None
-            trace.ended(self, self.record, kind, self.frame.block.ops[self.index], self.where)
+            trace.ended(self, self.record, kind, self.op, self.where)
 
     def cancel(self) -> None:
         if not self.dead:
@@ -130,7 +158,19 @@ class Handle:
 class LaneItem(Handle):
     """A request in a lane."""
 
-    __slots__ = ("key", "lane", "node", "on_text", "request", "ticket")
+    __slots__ = (
+        "answer",
+        "is_ahead",
+        "key",
+        "kv",
+        "lane",
+        "node",
+        "on_text",
+        "request",
+        "searching",
+        "ticket",
+        "words",
+    )
 
     def __init__(
         self,
@@ -155,6 +195,11 @@ class LaneItem(Handle):
         self.key = key
         self.ticket = ticket  # None: first come, first served
         self.on_text: Callable[[str], None] | None = None
+        self.is_ahead = False  # begun, and no instruction waits for it yet
+        self.answer: tuple[bool, Any] | None = None  # that nobody has taken yet
+        self.words: Words | None = None  # of what was begun ahead: what it has written may still be streamed
+        self.kv: Announced | None = None  # the prefix that was computed for it
+        self.searching: Searching | None = None  # the search in pieces that it runs
 
     @property
     def where(self) -> str:
@@ -170,6 +215,29 @@ class LaneItem(Handle):
         if self.ticket is not None:
             self.ticket.drop(self.driver.now())
         self.driver.forget(self)
+        if self.kv is not None:
+            self.kv.cancel()
+        if self.searching is not None and self.searching.item is self:
+            self.searching.answer(None)
+
+
+class Waiter(Handle):
+    """An instruction that waits for a part of what another one asked for."""
+
+    __slots__ = ("label",)
+
+    def __init__(self, driver: Any, frame: Frame, index: int, out: Any, label: str) -> None:
+        self.driver = driver
+        self.frame = frame
+        self.index = index
+        self.out = out
+        self.dead = False
+        self.timer = self.record = None
+        self.label = label
+
+    @property
+    def where(self) -> str:
+        return self.label
 
 
 class CallItem(Handle):
@@ -226,6 +294,7 @@ class Program:
     """One run of a plan."""
 
     __slots__ = (
+        "announced",
         "context",
         "deadline_s",
         "driver",
@@ -260,4 +329,5 @@ class Program:
         self.on_done: Callable[[Program], None] | None = None
         self.on_text: Callable[[str], None] | None = None
         self.started_s = 0.0
+        self.announced: dict[tuple[str, str, int], Announced] | None = None  # by lane, resource and site
         self.tenant = ""

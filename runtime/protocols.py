@@ -57,6 +57,7 @@ class GenerateRequest:
     schema: str | None = None
     logprobs: bool = False  # fill `Generation.logprobs`
     ticket: Ticket | None = field(default=None, compare=False, repr=False)
+    drop: bool = field(default=False, compare=False, repr=False)  # nobody continues the prompt: its KV need not stay
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ class ChooseRequest:
     prompt: str
     options: tuple[str, ...]
     ticket: Ticket | None = field(default=None, compare=False, repr=False)
+    drop: bool = field(default=False, compare=False, repr=False)  # as in `GenerateRequest`
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ class SearchRequest:
     stop: Bounded | Budget | None = None
     where: Where | None = None
     ticket: Ticket | None = field(default=None, compare=False, repr=False)
+    near: tuple[int, ...] = field(default=(), compare=False, repr=False)  # passages whose clusters to look in first
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,18 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flowc.ir.core import Graph, Op, Region
 from flowc.ir.errors import NodeTimeoutError
-from flowc.ir.ops import keyword_operands
-from flowc.ir.values import UNDEF
+from flowc.ir.ops import OPS, keyword_operands
+from flowc.ir.values import UNDEF, Docs
 
 from . import pycode
 from .protocols import Embedder, LLMBackend, Reranker, Retriever
-from .requests import LANE_OF, OPTIONS, label_of, make_request, read_answer, timeout_of
+from .requests import HINTS, LANE_OF, OPTIONS, label_of, make_request, read_answer, timeout_of, told_of
+from .stages import split
 from .symbols import Symbols, declared_limits, function_of, is_async_callable
 from .tracebacks import chain, clean
 
@@ -157,8 +159,23 @@ class _Interpreter:
                 return [self.tool(tool, plain, named, attrs, label_of(op), op)]
             case "invoke":
                 return [self.invoke(graph, op, *operands)]
+            case "ivf.begin":
+                return [_Search(*self.asked("search", op, operands))]
+            case "ivf.scan":
+                return operands
+            case "ivf.partial":
+                try:
+                    return [self.found(op, operands[0])]
+                except Exception:
+                    return [Docs()]  # a guess raises nothing
+            case "ivf.finish":
+                return [self.found(op, operands[0])]
+            case "llm.each":
+                return self.each(graph, op, operands, env)
+            case name if OPS[name].is_advice or name.startswith("ahead."):
+                return [None] * len(op.results)
             case _:
-                return [self.resource(graph, op, operands)]
+                return [self.resource(graph, op, op.name, operands)]
 
     def compiled(self, op: Op, make: Any) -> Any:
         """An op's function, compiled once; with `handled` it runs as inside an `except` clause."""
@@ -251,14 +268,39 @@ class _Interpreter:
         tool = self.symbols.symbol(graph, name, refs[names.index(name)], op.loc, "tool")
         return self.tool(tool, (), dict(arguments), declared_limits(tool), label_of(op), op)
 
-    def resource(self, graph: Graph, op: Op, operands: list[Any]) -> Any:
-        kind = op.name
+    def asked(self, kind: str, op: Op, operands: list[Any]) -> tuple[Any, float | None]:
+        """The request of an operation of this kind, and its timeout."""
         keywords = keyword_operands(op)
         plain = operands[: len(operands) - len(keywords)]
         options = {n: op.attrs[n] for n in (*OPTIONS[kind], "timeout") if op.attrs.get(n) is not None}
-        options.update({name: operands[at] for name, at in keywords.items()})
-        timeout = timeout_of(options.get("timeout"))
-        request = make_request(kind, plain, options)
+        options.update({name: operands[at] for name, at in keywords.items() if name not in HINTS})
+        return make_request(kind, plain, options), timeout_of(options.get("timeout"))
+
+    def each(self, graph: Graph, op: Op, operands: list[Any], env: Env) -> list[Any]:
+        (body,) = op.regions
+        text = self.resource(graph, op, "generate", operands)
+        items = split(text, str(op.attrs["split"]))
+        lists: list[list[Any]] = [[] for _ in op.results[2:]]
+        for item in items:
+            for collected, more in zip(lists, self.ops(graph, body, _with(env, body, [item])), strict=True):
+                collected.extend(more)
+        return [text, items, *lists]
+
+    def found(self, op: Op, search: _Search) -> Docs:
+        """What a search in pieces finds; it is run when somebody first asks."""
+        if search.docs is not None:
+            return search.docs
+        search.docs = docs = self.answer(op, "search", search.request, search.timeout_s)
+        return docs  # type: ignore[no-any-return]
+
+    def resource(self, graph: Graph, op: Op, kind: str, operands: list[Any]) -> Any:
+        model = None
+        request, timeout = self.asked(kind, op, operands)
+        if kind == "parse":
+            model = self.symbols.symbol(graph, str(op.attrs["model"]), op.attrs.get("ref"), op.loc, "model")
+        return self.answer(op, kind, request, timeout, model)
+
+    def answer(self, op: Op, kind: str, request: Any, timeout: float | None, model: Any = None) -> Any:
         start = time.monotonic()
         backend = find_backend(self.resources, LANE_OF[kind], str(op.attrs["resource"]))
         method = getattr(backend, "generate" if kind == "parse" else kind)
@@ -269,11 +311,17 @@ class _Interpreter:
         if isinstance(answer, BaseException):
             raise answer
         if timeout is not None and time.monotonic() - start > timeout:
-            raise node_timeout(label_of(op), timeout, op)
-        model = None
-        if kind == "parse":
-            model = self.symbols.symbol(graph, str(op.attrs["model"]), op.attrs.get("ref"), op.loc, "model")
+            raise node_timeout(told_of(op), timeout, op)
         return read_answer(kind, request, answer, model)
+
+
+@dataclass(slots=True)
+class _Search:
+    """What `ivf.begin` holds."""
+
+    request: Any
+    timeout_s: float | None
+    docs: Docs | None = None
 
 
 def _with(env: Env, region: Region, values: Sequence[Any]) -> Env:

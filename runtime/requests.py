@@ -27,6 +27,9 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 """What each kind takes besides its operands, as attributes or keyword operands; `timeout` goes for all."""
 
+HINTS = ("ahead", "kv", "near")
+"""Keyword operands that change when the answer is there and not what it is."""
+
 ARITY = {"embed": 1, "search": 1, "rerank": 2, "generate": 1, "choose": 2, "parse": 1}
 
 
@@ -62,6 +65,10 @@ def _number(what: str, value: Any) -> float:
     return float(value)
 
 
+def _ids(near: Any) -> tuple[int, ...]:
+    return near.ids if isinstance(near, Docs) else ()
+
+
 def timeout_of(value: Any) -> float | None:
     """Seconds, from the option `timeout` of an operation."""
     return None if value is None else _number("`timeout`", value)
@@ -94,6 +101,8 @@ def _generate(kind: str, operands: Sequence[Any], options: Mapping[str, Any], ti
                 fields[name] = tuple(stops)
             case "timeout":
                 fields["timeout_s"] = timeout_of(value)
+            case "drop":
+                fields["drop"] = value
             case _:
                 raise RunError(f"`{kind}` takes no option `{name}`")
     return GenerateRequest(prompt, ticket=ticket, **fields)
@@ -118,6 +127,7 @@ def make_request(kind: str, operands: Sequence[Any], options: Mapping[str, Any],
                 stop,
                 where,
                 ticket,
+                _ids(options.get("near")),
             )
         case "embed":
             return _text("the text of `embed`", operands[0])
@@ -141,7 +151,8 @@ def make_request(kind: str, operands: Sequence[Any], options: Mapping[str, Any],
                 raise _wrong("the options of `choose`", "a list of str", choices)
             if not choices:
                 raise RunError("`choose` needs at least one option")
-            return ChooseRequest(_text("the prompt of `choose`", prompt), tuple(choices), ticket)
+            drop = bool(options.get("drop"))
+            return ChooseRequest(_text("the prompt of `choose`", prompt), tuple(choices), ticket, drop)
         case _:
             raise AssertionError(f"`{kind}` is no operation on a resource")
 
@@ -174,12 +185,24 @@ def parse_object(model: Any, text: str) -> Any:
 
 
 def label_of(op: Op) -> str:
-    """How messages call an operation: `search @pydocs`, `tool lookup`, `call @inner`."""
+    """How traces call an operation: `search @pydocs`, `tool lookup`, `call @inner`, `ivf.scan @pydocs`."""
+    return _label(op, op.name)
+
+
+def told_of(op: Op) -> str:
+    """How messages call an operation: as the user wrote it, whatever it was split into."""
+    return _label(op, _WRITTEN.get(op.name, op.name))
+
+
+_WRITTEN = {**dict.fromkeys(("ivf.begin", "ivf.scan", "ivf.partial", "ivf.finish"), "search"), "llm.each": "generate"}
+
+
+def _label(op: Op, shown: str) -> str:
     for name, sign in (("resource", "@"), ("callee", "@"), ("tool", "")):
         value = op.attrs.get(name)
         if isinstance(value, str):
-            return f"{op.name} {sign}{value}"
-    return op.name
+            return f"{shown} {sign}{value}"
+    return shown
 
 
 def batch_key_of(kind: str, backend: Any, request: Any) -> tuple[Any, ...]:
