@@ -15,9 +15,11 @@ sections 3 and 4 (pages of clusters on the GPU, search split between CPU and GPU
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton.language as tl
 
@@ -125,31 +127,36 @@ def plan_scan(
 
     Pages of a query's lists are packed into items without regard to where lists end.
     """
-    run = max(1, CODES // page_size)
-    query: list[int] = []
-    rank: list[int] = []
-    pages: list[list[int]] = []
-    items, missing = [], []
+    mine: list[list[int]] = []
+    missing = []
     for number, lists in enumerate(probes):
-        mine: list[int] = []
+        mine.append([])
         for probed in lists:
             held = resident.get(probed)
             if held is not None:
-                mine += held
+                mine[-1] += held
             elif probed >= 0:
                 missing.append((number, probed))
-        count = -(-len(mine) // run)
-        mine += [-1] * (count * run - len(mine))
-        query += [number] * count
-        rank += range(count)
-        pages += [mine[at * run : (at + 1) * run] for at in range(count)]
-        items.append(count)
+    return replace(plan_pages(mine, page_size=page_size, device=device), missing=tuple(missing))
+
+
+def plan_pages(pages: Sequence[Sequence[int] | npt.NDArray[np.int64]], *, page_size: int, device: torch.device) -> Work:
+    """The work for queries of which each has its own pages to scan."""
+    run = max(1, CODES // page_size)
+    counts = [-(-len(mine) // run) for mine in pages]
+    packed = np.full((sum(counts), run), -1, dtype=np.int32)
+    first = 0
+    for mine, count in zip(pages, counts, strict=True):
+        packed[first : first + count].reshape(-1)[: len(mine)] = mine
+        first += count
+    every = np.array(counts, dtype=np.int64)
+    rank = np.arange(len(packed)) - np.repeat(np.cumsum(every) - every, every)
     return Work(
-        torch.tensor(query, dtype=torch.int32, device=device),
-        torch.tensor(pages, dtype=torch.int32, device=device).view(len(pages), run),
-        torch.tensor(rank, dtype=torch.int64, device=device),
-        tuple(items),
-        tuple(missing),
+        torch.from_numpy(np.repeat(np.arange(len(every), dtype=np.int32), every)).to(device),
+        torch.from_numpy(packed).to(device),
+        torch.from_numpy(rank).to(device),
+        tuple(counts),
+        (),
     )
 
 
