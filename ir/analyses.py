@@ -15,6 +15,7 @@ from .effects import order_edges
 from .errors import Loc
 from .ops import DEFAULT_RATES, OPS, Effect, Rates, effect_of
 from .templates import split_template
+from .types import AHEAD
 
 DEFAULT_TRIPS: Final = 3.0  # of a loop of which nothing is known
 Costs = Rates | Callable[[Op], float]
@@ -128,8 +129,9 @@ def dependencies(region: Region) -> list[tuple[int, ...]]:
 
 
 def is_lane_op(op: Op) -> bool:
-    """Does the op itself leave the interpreter? A call of another workflow may."""
-    return OPS[op.name].lane != "python" or op.name == "call"
+    """Does the op itself leave the interpreter, to be waited for? A call of another workflow may; advice is not."""
+    spec = OPS[op.name]
+    return (spec.lane != "python" and not spec.is_advice and AHEAD not in (spec.results or ())) or op.name == "call"
 
 
 def levels(region: Region) -> list[int]:
@@ -263,8 +265,10 @@ def _bounded(op: Op) -> float:
     return min(DEFAULT_TRIPS, float(limit)) if isinstance(limit, int) else DEFAULT_TRIPS
 
 
-def steps_to_execution(graph: Graph) -> dict[int, int]:
+def steps_to_execution(graph: Graph, counts: Callable[[Op], bool] = is_lane_op) -> dict[int, int]:
     """`id(op)` of each lane operation -> how many lane operations in a row end, at the fewest, before it can begin.
+
+    And `id(region)` of each region -> how many before that begins. With `counts` not all lane operations are counted.
 
     An op waits for all it depends on (AND join: the largest of their steps, one more past a lane operation).
     What an `if` gives is there after either region (OR join: the smallest). A loop's body counts from its first
@@ -277,12 +281,13 @@ def steps_to_execution(graph: Graph) -> dict[int, int]:
 
     def visit(region: Region, begin: int) -> int:
         """Steps at which the region has ended, its first op beginning at `begin`."""
+        steps[id(region)] = begin
         ends: list[int] = []
         for op, waits in zip(region.ops, dependencies(region), strict=True):
             start = max((ends[d] for d in waits), default=begin)
             if is_lane_op(op):
                 steps[id(op)] = start
-                ends.append(start + 1)
+                ends.append(start + counts(op))
                 for r in op.regions:  # they run while it does
                     visit(r, start)
                 continue

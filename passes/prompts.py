@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
-from flowc.ir.core import Attr, Attrs, Op, Value
+from flowc.ir.core import Attr, Attrs, Graph, Op, Value, walk
 from flowc.ir.templates import join_template, split_template
 from flowc.ir.types import NEVER, TEXT, is_immutable
 
@@ -82,3 +83,98 @@ def tokens_of(part: Part, costs: CostModel) -> float:
     if part.value.type == TEXT:
         return costs["slot_tokens"]
     return costs["docs_tokens"] if part.value.type.name in ("docs", "list", "sequence") else 1.0
+
+
+def common_beginning(a: str, b: str) -> str:
+    """The longest text that both begin with."""
+    if b.startswith(a):
+        return a
+    return a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(b))]
+
+
+class Beginnings:
+    """The constant text that every value of a text begins with, carried values and the results of branches included."""
+
+    MAX_DEPTH = 100  # of a text that begins with a text that begins with ...
+
+    def __init__(self, graph: Graph, facts: Facts) -> None:
+        self._facts = facts
+        self._known: dict[str, str] = {}
+        self._open: dict[str, str] = {}  # carried values under way: what they are assumed to begin with
+        self._carried: dict[str, tuple[Value, Value]] = {}  # parameter or result of a loop -> first and next value
+        self._joined: dict[str, list[Value]] = {}
+        for op in walk(graph.body):
+            match op.name:
+                case "while" | "foreach":
+                    skip = 1 if op.name == "foreach" else 0
+                    following = op.regions[-1].yields[1 if op.name == "while" or op.attrs.get("breaks") else 0 :]
+                    for region in op.regions:
+                        self._carry(region.params[skip:], op.operands[skip:], following)
+                    self._carry(op.results, op.operands[skip:], following)
+                case "if":
+                    for i, v in enumerate(op.results):
+                        self._joined[v.name] = [region.yields[i] for region in op.regions]
+                case _:
+                    pass
+
+    def _carry(self, names: Sequence[Value], first: Sequence[Value], following: Sequence[Value]) -> None:
+        for v, a, b in zip(names, first, following, strict=False):
+            self._carried[v.name] = (a, b)
+
+    def of(self, value: Value, depth: int = 0) -> str:
+        """What the value certainly begins with; empty where nothing is known."""
+        found = self._open.get(value.name)
+        if found is None:
+            found = self._known.get(value.name)
+        if found is None:
+            if depth > self.MAX_DEPTH:
+                return ""
+            found = self._found(value, depth + 1)
+            if not self._open:  # else it may rest on an assumption
+                self._known[value.name] = found
+        return found
+
+    def _found(self, value: Value, depth: int) -> str:
+        carried = self._carried.get(value.name)
+        if carried is not None:
+            return self._invariant(value.name, *carried, depth)
+        if value.name in self._joined:
+            return reduce(common_beginning, (self.of(v, depth) for v in self._joined[value.name]))
+        op = self._facts.definer(value)
+        if op is None:
+            return ""
+        if op.name == "fused":
+            return self.of(op.regions[0].yields[[v.name for v in op.results].index(value.name)], depth)
+        if op.name == "const":
+            return literal if isinstance(literal := op.attrs["value"], str) else ""
+        if op.name != "template":
+            return ""
+        parts = ""
+        for part in self._outer(op):
+            if isinstance(part, str):
+                parts += part
+            else:
+                return parts + (self.of(part.value, depth) if not part.form and part.value.type == TEXT else "")
+        return parts
+
+    @staticmethod
+    def _outer(op: Op) -> Iterator[Part]:
+        """The parts of a template itself."""
+        first, *segments = split_template(str(op.attrs["text"]))
+        forms = texts(op.attrs.get("formats")) or ("",) * len(op.operands)
+        yield first
+        for segment, slot, form in zip(segments, op.operands, forms, strict=True):
+            yield Slot(slot, form)
+            yield segment
+
+    def _invariant(self, name: str, first: Value, following: Value, depth: int) -> str:
+        """The longest beginning of the first value that a turn of the loop keeps."""
+        assumed = self.of(first, depth)
+        while assumed:
+            self._open[name] = assumed
+            kept = common_beginning(assumed, self.of(following, depth))
+            del self._open[name]
+            if kept == assumed:
+                break
+            assumed = kept
+        return assumed
