@@ -35,7 +35,8 @@ def build_index(
     kind: Literal["auto", "flat", "ivf", "bm25"] = "auto",
     nlist: int | None = None,
     nprobe: int | None = None,
-    codec: Literal["fp16", "fp32"] = "fp16",
+    codec: Literal["fp16", "fp32", "sq8"] = "fp16",
+    metric: Literal["cosine", "inner_product", "l2"] = "cosine",
     vectors: npt.NDArray[np.floating[Any]] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     threads: int | None = None,
@@ -45,7 +46,9 @@ def build_index(
     A passage's id is its position. Without an embedder the index is a BM25 index of words; with one it is an index of
     vectors: flat below 50,000 passages, inverted lists (FAISS IVF) above or if `nlist` is given, with `nprobe` measured
     on excerpts of the passages. `vectors`, of shape (len(passages), embedder.dim), spares the embedding: they must come
-    from `embedder`, whose fingerprint they are stored under. `progress` is called with (stage, done, total).
+    from `embedder`, whose fingerprint they are stored under. Vectors are scored by `metric`: "cosine" normalises them,
+    "inner_product" takes them as they are, and "l2" scores the negative squared distance. `progress` is called with
+    (stage, done, total).
 
     The save is atomic: an index that was at `out` stays whole until the new one is on the disk, and readers that have
     it open keep it. Raises `ResourceError`: F060 nothing to index, or `out` cannot be written (disk full, not an index,
@@ -68,7 +71,7 @@ def build_index(
             raise ResourceError(f"unknown kind of index {kind!r}", code="F063", hint='"auto", "flat", "ivf" or "bm25"')
         from .ivf import build_vectors, plan_index
 
-        plan = plan_index(len(items), embedder.dim, kind=kind, nlist=nlist, nprobe=nprobe, codec=codec)
+        plan = plan_index(len(items), embedder.dim, kind=kind, nlist=nlist, nprobe=nprobe, codec=codec, metric=metric)
         return build_vectors(items, embedder, out, plan=plan, vectors=vectors, progress=progress, threads=threads)
     except ImportError as e:
         raise _not_installed(e) from e

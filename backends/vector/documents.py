@@ -11,10 +11,11 @@ from __future__ import annotations
 import gzip
 import html.parser
 import json
+import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +23,14 @@ from typing import Any, Literal
 from flowc.ir.errors import InputError, Loc, ResourceError
 
 __all__ = [
+    "RESERVED",
     "SUFFIXES",
     "WORDS",
     "Block",
     "Page",
     "Passage",
     "Reading",
+    "check_meta",
     "embedded_text",
     "parse_html",
     "parse_markdown",
@@ -46,13 +49,33 @@ Kind = Literal["heading", "text", "item", "term", "code"]
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """One unit of retrieval. `key` is the user's own name for it, `anchors` are the ids of elements that it covers."""
+    """One unit of retrieval. `key` is the user's own name for it, `anchors` are the ids of elements that it covers.
+
+    `meta` are texts, numbers and booleans by field name, which searches may be filtered by, as by `source` and `key`.
+    """
 
     text: str
     title: str = ""
     source: str = ""
     key: str = ""
     anchors: tuple[str, ...] = ()
+    meta: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+
+RESERVED = ("id", "key", "source", "text", "title")
+"""Names that no field of a passage's `meta` may have."""
+
+
+def check_meta(meta: object) -> str:
+    """What is wrong with a passage's metadata; empty if nothing is."""
+    if not isinstance(meta, Mapping):
+        return f'"meta" must be an object, found {type(meta).__name__}'
+    for name, value in meta.items():
+        if not isinstance(name, str) or not name or name in RESERVED:
+            return f'"meta" cannot have a field called {name!r}'
+        if not isinstance(value, str | int | float | bool) or value != value or value in (math.inf, -math.inf):
+            return f'the field {name!r} of "meta" must be a text, a finite number, true or false, found {value!r}'
+    return ""
 
 
 def embedded_text(passage: Passage) -> str:
@@ -148,8 +171,9 @@ def read_passages(
 def read_jsonl(path: str | os.PathLike[str], *, strict: bool = False) -> Reading:
     """The rows of a JSONL file (or .jsonl.gz), one passage each, never split.
 
-    A row is an object with "text" and, if wanted, "title", "source" and "id" (a string or an integer). A row
-    without a source is called by its id, or else by its line. A malformed line becomes an `InputError` with its number.
+    A row is an object with "text" and, if wanted, "title", "source", "id" (a string or an integer) and "meta" (an
+    object of texts, numbers and booleans). A row without a source is called by its id, or else by its line. A malformed
+    line becomes an `InputError` with its number.
     """
     file = Path(path)
     reading = Reading(files=1)
@@ -216,12 +240,20 @@ def _row(line: bytes, file: Path, number: int) -> Passage:
     if "text" not in row or not row["text"].strip():
         what = "is empty" if "text" in row else "is missing"
         raise InputError(f'"text" {what}', loc=where, source=_short(text), hint=form)
+    problem = check_meta(row.get("meta", {}))
+    if problem:
+        raise InputError(problem, loc=where, source=_short(text), hint=form)
     key = str(key)
     source = row.get("source") or key or f"{file.name}:{number}"
     text, title, source, key = (  # lone surrogates cannot be stored
-        value.encode("utf-8", "replace").decode() for value in (row["text"], row.get("title", ""), source, key)
+        _clean(value) for value in (row["text"], row.get("title", ""), source, key)
     )
-    return Passage(text, title, source, key)
+    meta = {_clean(name): _clean(v) if isinstance(v, str) else v for name, v in row.get("meta", {}).items()}
+    return Passage(text, title, source, key, meta=meta)
+
+
+def _clean(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
 
 
 def _short(text: str) -> str:

@@ -11,7 +11,8 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,12 +21,15 @@ import numpy as np
 import numpy.typing as npt
 
 from flowc.ir.errors import FlowcError, ResourceError
+from flowc.ir.options import as_stop, as_where
 from flowc.ir.values import Docs
 from flowc.runtime.protocols import Bounded, Budget, Embedder, ScanBudget, SearchRequest
 
 from .calibrate import calibrate, stopping_gap
+from .columns import Columns
+from .delta import INDEX_FILE, Epoch, Main, Updates, saved_epoch, write_faiss
 from .documents import Passage, embedded_text
-from .scan import F32, I64, Lists, ListSearch, load_faiss
+from .scan import F32, I64, Lists, ListSearch, Selection, load_faiss
 from .store import EmbedderInfo, IndexWriter, Manifest, PassageStore, check_files, damaged
 
 __all__ = [
@@ -41,11 +45,14 @@ __all__ = [
 
 # (what is done: "embed", "train", "add", "measure" or "calibrate"; how much; of how much)
 Progress = Callable[[str, int, int], None]
-Codec = Literal["fp16", "fp32"]
+Codec = Literal["fp16", "fp32", "sq8"]
+Metric = Literal["cosine", "inner_product", "l2"]
 
 FLAT_BELOW = 50_000  # vectors: one list is exact and takes about 3 ms at this size
 _SEED = 1234
-_FILE = "index.faiss"
+_CODE_BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "sq8": 1}
+_DIRECT = 4096  # matches of a filter, and the share of passages that match, up to which all of them are scanned
+_DIRECT_SHARE = 0.01
 _RECALL_AIM = 0.95
 _RECALL_SAMPLE = 100
 _EXCERPT_WORDS = 8  # about a question's length
@@ -62,6 +69,7 @@ class IndexPlan:
     nprobe: int
     codec: Codec
     reasons: tuple[str, ...]
+    metric: Metric = "cosine"
 
 
 def plan_index(
@@ -72,13 +80,20 @@ def plan_index(
     nlist: int | None = None,
     nprobe: int | None = None,
     codec: Codec = "fp16",
+    metric: Metric = "cosine",
 ) -> IndexPlan:
     """The index for `count` vectors of `dim` numbers. What is given is kept, the rest is chosen.
 
     Raises `ResourceError` F063 for numbers that cannot be: no lists, more lists than vectors, an unknown codec.
     """
-    if codec not in ("fp16", "fp32"):
-        raise ResourceError(f"unknown codec {codec!r}", code="F063", hint='"fp16" (half the memory) or "fp32"')
+    if codec not in _CODE_BYTES:
+        raise ResourceError(
+            f"unknown codec {codec!r}",
+            code="F063",
+            hint='"fp16" (half the memory of fp32), "fp32" or "sq8" (a quarter)',
+        )
+    if metric not in ("cosine", "inner_product", "l2"):
+        raise ResourceError(f"unknown metric {metric!r}", code="F063", hint='"cosine", "inner_product" or "l2"')
     if nlist is not None and not 1 <= nlist <= count:
         raise ResourceError(f"nlist must be between 1 and the number of vectors ({count}), found {nlist}", code="F063")
     if nprobe is not None and nprobe < 1:
@@ -108,10 +123,12 @@ def plan_index(
         if nprobe is not None:
             nprobe = min(nprobe, nlist)
             reasons.append(f"nprobe {nprobe}: asked for")
-    size = count * dim * (2 if codec == "fp16" else 4)
+    size = count * dim * _CODE_BYTES[codec]
     why = "half of fp32 at the same recall" if codec == "fp16" else "asked for"
     reasons.append(f"codec {codec}: {size / 1e6:,.1f} MB of vectors, {why}")
-    return IndexPlan(kind, nlist, nprobe or 0, codec, tuple(reasons))
+    if metric != "cosine":
+        reasons.append(f"metric {metric}: asked for")
+    return IndexPlan(kind, nlist, nprobe or 0, codec, tuple(reasons), metric)
 
 
 # ------------------------------------------------------------------------------------------------ building
@@ -138,7 +155,7 @@ def build_vectors(
             texts = [embedded_text(p) for p in passages]
             vectors = _embed_all(embedder, texts, lambda done, total: tell("embed", done, total))
             cut = getattr(embedder, "cut_short", 0)
-        data = _unit_vectors(vectors, count, dim)
+        data = fitting_vectors(vectors, count, dim, plan.metric)
         with _omp_threads(faiss, threads or os.cpu_count() or 1):
             tell("train", 0, 1)
             index = _train(faiss, data, plan)
@@ -157,20 +174,18 @@ def build_vectors(
             reasons += (reason,)
             tell("measure", 1, 1)
         calibration: dict[str, Any] = {}
-        if plan.nlist > 1:
+        if plan.nlist > 1 and plan.metric == "cosine":
             tell("calibrate", 0, 1)
             calibration = _calibrate(Lists(index), embedder, passages, nprobe)
             tell("calibrate", 1, 1)
         writer.passages(passages)
-        with writer.file(_FILE) as stream:
-            # Through Python's file, because FAISS's own writer forgets what fclose says about a full disk.
-            faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
+        write_faiss(writer, index)
         spec = str(getattr(embedder, "spec", "") or type(embedder).__name__)
         return writer.commit(
             Manifest(
                 kind=plan.kind,
                 count=count,
-                metric="inner_product",
+                metric=plan.metric,
                 nlist=plan.nlist,
                 nprobe=nprobe,
                 codec=plan.codec,
@@ -193,8 +208,9 @@ def _embed_all(embedder: Embedder, texts: Sequence[str], progress: Callable[[int
     return np.concatenate(parts)
 
 
-def _unit_vectors(vectors: npt.NDArray[np.floating[Any]], count: int, dim: int) -> F32:
-    """Float32 vectors of unit norm; those that are off by more than fp16 rounding are refused or normalised."""
+def fitting_vectors(vectors: npt.NDArray[np.floating[Any]], count: int, dim: int, metric: str) -> F32:
+    """Float32 vectors that an index can hold; for cosines those that are off unit norm by more than fp16 rounding are
+    normalised. Raises `ResourceError` F063 for another shape, NaN, infinity, and zero where a cosine is wanted."""
     shape = tuple(np.shape(vectors))
     if shape != (count, dim):
         raise ResourceError(
@@ -210,6 +226,8 @@ def _unit_vectors(vectors: npt.NDArray[np.floating[Any]], count: int, dim: int) 
             code="F063",
             hint="look at that passage's text, or embed again",
         )
+    if metric != "cosine":
+        return data
     norms = np.sqrt(np.einsum("ij,ij->i", data, data))
     zero = np.flatnonzero(norms < 1e-6)
     if len(zero):
@@ -224,13 +242,13 @@ def _unit_vectors(vectors: npt.NDArray[np.floating[Any]], count: int, dim: int) 
 
 
 def _train(faiss: Any, data: F32, plan: IndexPlan) -> Any:
-    dim = data.shape[1]
-    quantizer = faiss.IndexFlatIP(dim)
-    if plan.codec == "fp16":
-        kind = faiss.ScalarQuantizer.QT_fp16
-        index = faiss.IndexIVFScalarQuantizer(quantizer, dim, plan.nlist, kind, faiss.METRIC_INNER_PRODUCT, False)
+    dim, metric = data.shape[1], _faiss_metric(faiss, plan.metric)
+    quantizer = faiss.IndexFlat(dim, metric)
+    if plan.codec == "fp32":
+        index = faiss.IndexIVFFlat(quantizer, dim, plan.nlist, metric)
     else:
-        index = faiss.IndexIVFFlat(quantizer, dim, plan.nlist, faiss.METRIC_INNER_PRODUCT)
+        kind = faiss.ScalarQuantizer.QT_fp16 if plan.codec == "fp16" else faiss.ScalarQuantizer.QT_8bit
+        index = faiss.IndexIVFScalarQuantizer(quantizer, dim, plan.nlist, kind, metric, False)
     if plan.nlist == 1:
         quantizer.add(data.mean(axis=0, keepdims=True))  # k-means of one list
     index.cp.seed = _SEED
@@ -239,6 +257,10 @@ def _train(faiss: Any, data: F32, plan: IndexPlan) -> Any:
     index.own_fields = True
     quantizer.this.disown()
     return index
+
+
+def _faiss_metric(faiss: Any, metric: str) -> int:
+    return int(faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT)
 
 
 @contextlib.contextmanager
@@ -352,21 +374,39 @@ class IVFRetriever:
         else:
             self._embedder = self._fitting(cast(Embedder, embedder))
         self._lock = threading.Lock()
-        folder = check_files(self.path, manifest, verify=verify)
+        check_files(self.path, manifest, verify=verify)
+        main = self._main(manifest)
+        try:
+            self._epoch: Epoch | None = saved_epoch(main, self.path, manifest)
+        except (OSError, ValueError, EOFError, IndexError) as e:
+            raise damaged(self.path, f"its updates cannot be read ({e})") from e
+        self._epoch.home = self
+        self._updates: Updates | None = None
+
+    def _main(self, manifest: Manifest) -> Main:
+        """The main files of a generation, opened."""
+        folder = self.path / manifest.generation
         faiss = load_faiss()
         try:
-            index = faiss.read_index(str(folder / _FILE), faiss.IO_FLAG_MMAP_IFC)
+            index = faiss.read_index(str(folder / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
         except (RuntimeError, MemoryError) as e:
-            raise damaged(self.path, f"{_FILE} cannot be read ({str(e).splitlines()[0] if str(e) else e!r})") from e
-        kind = faiss.IndexIVFScalarQuantizer if manifest.codec == "fp16" else faiss.IndexIVFFlat
+            raise damaged(
+                self.path, f"{INDEX_FILE} cannot be read ({str(e).splitlines()[0] if str(e) else e!r})"
+            ) from e
+        kind = faiss.IndexIVFFlat if manifest.codec == "fp32" else faiss.IndexIVFScalarQuantizer
+        metric = _faiss_metric(faiss, manifest.metric)
         found = (type(index), getattr(index, "nlist", 0), index.d, index.ntotal, index.metric_type)
-        wanted = (kind, manifest.nlist, self._info.dim, manifest.count, faiss.METRIC_INNER_PRODUCT)
-        if found != wanted:
-            raise damaged(self.path, f"{_FILE} is not the index that the manifest describes")
-        self._lists: Lists | None = Lists(index)
-        if int(self._lists.sizes.sum()) != manifest.count:
-            raise damaged(self.path, f"{_FILE} holds lists of {int(self._lists.sizes.sum()):,} vectors")
-        self.store = PassageStore(self.path, manifest)
+        if found != (kind, manifest.nlist, self._info.dim, manifest.rows, metric):
+            raise damaged(self.path, f"{INDEX_FILE} is not the index that the manifest describes")
+        lists = Lists(index)
+        if int(lists.sizes.sum()) != manifest.rows:
+            raise damaged(self.path, f"{INDEX_FILE} holds lists of {int(lists.sizes.sum()):,} vectors")
+        store = PassageStore(self.path, manifest)
+        try:
+            columns = Columns(folder, manifest.rows, present="fields.npy" in manifest.files)
+        except (OSError, ValueError, EOFError) as e:
+            raise damaged(self.path, f"its metadata cannot be opened ({e})") from e
+        return Main(index, lists, store, columns)
 
     @property
     def _info(self) -> EmbedderInfo:
@@ -400,10 +440,15 @@ class IVFRetriever:
         return embedder
 
     @property
-    def lists(self) -> Lists:
-        if self._lists is None:
+    def lists(self) -> Epoch:
+        """The index as it is now. It never changes: an update makes another one."""
+        if self._epoch is None:
             raise ResourceError(f"the index at {self.path} was closed", code="F060", hint="open it again")
-        return self._lists
+        return self._epoch
+
+    @property
+    def store(self) -> PassageStore:
+        return self.lists.store
 
     def batch_key(self, request: SearchRequest) -> Hashable:
         """All searches of one index share batches: k and nprobe are the request's own even there."""
@@ -432,56 +477,92 @@ class IVFRetriever:
     def begin(self, requests: Sequence[SearchRequest]) -> Sequence[ListSearch | Exception]:
         """A search with its lists ranked for each request, or that request's error. One embedding call for all."""
         out: list[ListSearch | Exception | None] = [check_request(r) for r in requests]
-        ready = [n for n, error in enumerate(out) if error is None]
-        texts = list(dict.fromkeys(requests[n].query for n in ready))
+        only: dict[int, Selection | None] = {}
+        try:
+            epoch = self.lists
+        except FlowcError as e:
+            return [e if r is None else r for r in out]
+        for n, request in enumerate(requests):
+            if out[n] is None:
+                try:
+                    only[n] = epoch.selection(as_where(request.where))
+                except FlowcError as e:
+                    out[n] = e
+        texts = list(dict.fromkeys(requests[n].query for n in only))
         vectors = dict(zip(texts, self._embed(texts), strict=True))
         good = []
-        for n in ready:
+        for n in only:
             vector = vectors[requests[n].query]
             if isinstance(vector, Exception):
                 out[n] = vector
             else:
                 good.append((n, vector))
         if good:
-            try:
-                begun = self._begin([requests[n] for n, _ in good], np.stack([vector for _, vector in good]))
-            except FlowcError as e:  # it was closed
-                return [e if r is None else r for r in out]
+            rows = np.stack([vector for _, vector in good])
+            begun = self._begin(epoch, [requests[n] for n, _ in good], rows, [only[n] for n, _ in good])
             for (n, _), search in zip(good, begun, strict=True):
                 out[n] = search
         return [r if r is not None else AssertionError("unreachable") for r in out]
 
-    def _begin(self, requests: Sequence[SearchRequest], vectors: F32) -> list[ListSearch]:
+    def _begin(
+        self, epoch: Epoch, requests: Sequence[SearchRequest], vectors: F32, only: Sequence[Selection | None]
+    ) -> list[ListSearch]:
         ks = [request.k for request in requests]
         gaps: list[float | None] = [None] * len(requests)
-        nprobes = [min(request.nprobe or self.nprobe, self.manifest.nlist) for request in requests]
+        nprobes = [self._probes(epoch, request, among) for request, among in zip(requests, only, strict=True)]
         budgets = [request.stop if isinstance(request.stop, Budget) else None for request in requests]
+        is_as_built = not epoch.added and not epoch.deleted
         for n, request in enumerate(requests):
-            if isinstance(request.stop, Bounded):
+            if isinstance(request.stop, Bounded) and request.where is None and is_as_built:
                 found = stopping_gap(self.manifest.calibration, request.k, nprobes[n], request.stop.eps)
                 if found is not None:
                     ks[n], gaps[n] = found
-        return self.lists.begin_many(vectors, ks, nprobes, requests, budgets, gaps)
+        return epoch.begin_many(vectors, ks, nprobes, requests, budgets, gaps, only)
+
+    def _probes(self, epoch: Epoch, request: SearchRequest, only: Selection | None) -> int:
+        """How many lists a search probes: all that hold a match where few match, else the more the fewer match."""
+        nprobe = min(request.nprobe or self.nprobe, epoch.nlist)
+        if request.where is None or only is None:
+            return nprobe
+        if only.count <= max(_DIRECT, _DIRECT_SHARE * epoch.count):
+            return epoch.nlist
+        return min(epoch.nlist, math.ceil(nprobe * epoch.count / only.count))
 
     def run(self, work: Sequence[tuple[ListSearch, Sequence[int] | I64]]) -> None:
         """Scans lists by their ranks in each search; see `ElasticRetriever`. Raises F060 if the index was closed."""
-        self.lists.run(work)
+        for epoch, among in self._by_epoch([search for search, _ in work]):
+            epoch.run([item for item in work if item[0] in among])
 
     def scan(self, searches: Sequence[ListSearch], budget: ScanBudget | None = None) -> None:
         """Scans on until every search is done or the budget is spent, everyone's nearest lists first."""
-        self.lists.scan(searches, budget)
+        for epoch, among in self._by_epoch(searches):
+            epoch.scan(among, budget)
+            if budget is not None and not all(search.done for search in among):
+                return
+
+    def _by_epoch(self, searches: Sequence[ListSearch]) -> list[tuple[Lists, list[ListSearch]]]:
+        """The searches, those together that began between the same two updates: nearly always all of them."""
+        groups: dict[int, list[ListSearch]] = {}
+        for search in searches:
+            groups.setdefault(id(search.of), []).append(search)
+        for group in groups.values():
+            of = group[0].of
+            if of is not self.lists and not (isinstance(of, Epoch) and of.home is self):
+                raise ValueError("a search of another index")
+        return [(group[0].of, group) for group in groups.values()]
 
     def partial(self, search: ListSearch) -> Docs:
         """The exact best k passages of the lists that the search has scanned."""
-        return self._docs(search, *self.lists.best(search))
+        return self._docs(search, *search.of.best(search))
 
     def finish(self, search: ListSearch) -> Docs:
         """The search's result, after scanning what is left of it. Raises `CancelledError` if it was cancelled."""
-        return self._docs(search, *self.lists.finish(search))
+        return self._docs(search, *search.of.finish(search))
 
     def _docs(self, search: ListSearch, scores: F32, ids: I64) -> Docs:
         k = search.request.k if search.request is not None else search.k
-        return Docs(self.store.doc(i, s) for i, s in zip(ids[:k].tolist(), scores[:k].tolist(), strict=True))
+        store = cast(Epoch, search.of).store
+        return Docs(store.doc(i, s) for i, s in zip(ids[:k].tolist(), scores[:k].tolist(), strict=True))
 
     def search_vectors(self, vectors: npt.ArrayLike, k: int, nprobe: int | None = None) -> tuple[F32, I64]:
         """Scores and ids of shape (len(vectors), min(k, number of passages)), best first.
@@ -500,11 +581,12 @@ class IVFRetriever:
             )
         if not np.isfinite(queries).all():
             raise ResourceError("a query vector holds NaN or infinity", code="F063", hint="look at what embedded it")
-        probes = min(nprobe or self.nprobe, self.manifest.nlist)
-        k = min(k, self.manifest.count)
-        rows = self.lists.search(queries, [k] * len(queries), [probes] * len(queries))
-        scores = np.array([row[0] for row in rows], dtype=np.float32).reshape(-1, k)
-        ids = np.array([row[1] for row in rows], dtype=np.int64).reshape(-1, k)
+        epoch = self.lists
+        probes = min(nprobe or self.nprobe, epoch.nlist)
+        k = min(k, epoch.count)
+        rows = epoch.search(queries, [k] * len(queries), [probes] * len(queries)) if k else []
+        scores = np.array([row[0] for row in rows], dtype=np.float32).reshape(len(queries), k)
+        ids = np.array([row[1] for row in rows], dtype=np.int64).reshape(len(queries), k)
         return scores, ids
 
     def vectors(self, ids: Sequence[int] | I64) -> F32:
@@ -521,10 +603,80 @@ class IVFRetriever:
             raise ResourceError(f"the index at {self.path} does not hold {left} of the passages asked for", code="F063")
         return out[row_of]
 
+    # -------------------------------------------------------------------------------------------- updates
+    @property
+    def updates(self) -> Updates:
+        """The writer of this index, made at the first use. Raises `ResourceError` F060 if the index was closed."""
+        epoch = self.lists
+        with self._lock:
+            if self._updates is None:
+                self._updates = Updates(
+                    self.path, self.manifest, epoch, self._publish, self._main, self._embed_passages, self._fitting_rows
+                )
+            return self._updates
+
+    def add(self, passages: Sequence[Passage | str], vectors: npt.NDArray[np.floating[Any]] | None = None) -> list[int]:
+        """Ids of the passages, which searches that begin from now on find; `save` puts them on the disk.
+
+        `vectors`, of shape (len(passages), dim), spares the embedding. Raises `ResourceError` and adds nothing: F060 if
+        another process writes or has changed the index, F063 for vectors that do not fit or a key that is taken.
+        """
+        return self.updates.add(passages, vectors)
+
+    def upsert(self, passages: Sequence[Passage], vectors: npt.NDArray[np.floating[Any]] | None = None) -> list[int]:
+        """New ids of the passages; each takes the place of the one with its key, where there is one. See `add`."""
+        return self.updates.add(passages, vectors, replace=True)
+
+    def delete(
+        self,
+        ids: Iterable[int] | None = None,
+        *,
+        keys: Iterable[str] | None = None,
+        where: Mapping[str, Any] | None = None,
+    ) -> int:
+        """How many passages it deletes, of these ids or keys, or that meet these conditions (see `Index.search`).
+
+        What is not there is not counted. Raises `ResourceError` F060 as `add`, F063 for a field that no passage has.
+        """
+        try:
+            conditions = as_where(where)
+        except ValueError as e:
+            raise ResourceError(str(e), code="F063") from None
+        return self.updates.delete(ids, keys, conditions)
+
+    def save(self) -> Manifest:
+        """The manifest once all updates are on the disk. Where they have become many, `compact` begins."""
+        manifest = self.updates.save()
+        if self.updates.is_due:
+            self.compact()
+        return manifest
+
+    def compact(self) -> Future[Manifest]:
+        """Writes base and updates as one, in the background; readers and searches under way are not disturbed.
+
+        Everything up to its begin is saved then. Results stay what they are, bit for bit, and so do ids.
+        """
+        return self.updates.compact()
+
+    def _publish(self, epoch: Epoch, manifest: Manifest) -> None:
+        epoch.home = self
+        with self._lock:
+            if self._epoch is not None:
+                self._epoch, self.manifest = epoch, manifest
+
+    def _embed_passages(self, passages: Sequence[Passage]) -> F32:
+        return _embed_all(self.embedder, [embedded_text(p) for p in passages], lambda done, total: None)
+
+    def _fitting_rows(self, vectors: Any, count: int) -> F32:
+        return fitting_vectors(vectors, count, self._info.dim, self.manifest.metric)
+
     def close(self) -> None:
-        """Lets go of the files. A search after this answers with `ResourceError` F060."""
-        self._lists = None
-        self.store.close()
+        """Lets go of the files. A search after this answers with `ResourceError` F060; updates not saved are lost."""
+        if self._updates is not None:
+            self._updates.close()
+        epoch, self._epoch = self._epoch, None
+        if epoch is not None:
+            epoch.store.close()
 
     def _embed(self, texts: Sequence[str]) -> list[F32 | Exception]:
         """A finite vector for each text, or the reason why not. One bad text does not spoil the others."""
@@ -561,23 +713,9 @@ def check_request(request: SearchRequest) -> ResourceError | None:
             continue
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
             return ResourceError(f"{name} must be an integer from 1, found {value!r}", code="F063")
-    return _check_stop(request.stop)
-
-
-def _check_stop(stop: object) -> ResourceError | None:
-    match stop:
-        case None:
-            return None
-        case Bounded(eps):
-            if not isinstance(eps, (int, float)) or not 0 < eps < 1:
-                return ResourceError(f"the eps of `Bounded` must lie between 0 and 1, found {eps!r}", code="F063")
-        case Budget(lists, seconds):
-            if lists is None and seconds is None:
-                return ResourceError("a `Budget` needs a number of lists or of seconds", code="F063")
-            if lists is not None and (not isinstance(lists, int) or isinstance(lists, bool) or lists < 1):
-                return ResourceError(f"the lists of a `Budget` must be an integer from 1, found {lists!r}", code="F063")
-            if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds > 0):
-                return ResourceError(f"the seconds of a `Budget` must be above 0, found {seconds!r}", code="F063")
-        case _:
-            return ResourceError(f"stop must be `Bounded`, `Budget` or None, found {stop!r}", code="F063")
+    try:
+        as_stop(request.stop)
+        as_where(request.where)
+    except ValueError as e:
+        return ResourceError(str(e), code="F063")
     return None

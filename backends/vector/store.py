@@ -33,27 +33,35 @@ from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from flowc.ir.errors import ResourceError
 from flowc.ir.values import Doc
 
+from .columns import ColumnsBuilder
 from .documents import Passage
 
 __all__ = [
     "FORMAT",
+    "KINDS",
     "EmbedderInfo",
     "FileInfo",
     "IndexWriter",
     "Manifest",
     "PassageStore",
+    "WriteLock",
     "check_files",
     "damaged",
     "read_manifest",
+    "stored",
 ]
 
-FORMAT = "flowc-index/1"
+KINDS = ("flat", "ivf", "hnsw", "bm25", "hybrid")
+FORMAT = "flowc-index/2"
+_FORMATS = ("flowc-index/1", FORMAT)  # the first knew no metadata, no updates, one metric and two codecs
 _MANIFEST = "manifest.json"
 _LOCK = ".lock"
+_UPDATES = ("added.jsonl", "added.codes.npy", "added.clusters.npy", "deleted.npy")
 _OURS = re.compile(r"[0-9a-f]{12}(-\d+)?|\.tmp-.*|\.lock|manifest\.json")
 _REBUILD = "build the index again with `flowc index build`"
 
@@ -75,9 +83,11 @@ class EmbedderInfo:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What an index is. `kind`: "flat", "ivf" or "bm25"; `nlist`, `nprobe`, `codec` and `embedder` are for vectors.
+    """What an index is. `kind`: one of `KINDS`; `nlist`, `nprobe`, `codec` and `embedder` are for vectors.
 
-    `calibration` says where searches of this index may stop early; empty for none, as in indexes of before it existed.
+    `count` passages are searched: of the `rows` in the main files and the `added` beside them, less the `deleted`. Ids
+    are given in order, up to `next_id`, and never again. `calibration` says where searches of this index may stop
+    early; empty for none, as in indexes of before it existed and in those that have changed since.
     """
 
     kind: str
@@ -92,6 +102,16 @@ class Manifest:
     reasons: tuple[str, ...] = ()
     calibration: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, FileInfo] = field(default_factory=dict)
+    rows: int = -1  # -1: as many as `count`
+    added: int = 0
+    deleted: int = 0
+    next_id: int = -1
+
+    def __post_init__(self) -> None:
+        if self.rows < 0:
+            object.__setattr__(self, "rows", self.count)
+        if self.next_id < 0:
+            object.__setattr__(self, "next_id", self.rows + self.added)
 
     def to_json(self) -> str:
         row = {"format": FORMAT, **dataclasses.asdict(self)}
@@ -139,7 +159,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         form = row.get("format")
     except (ValueError, AttributeError, RecursionError) as e:
         raise damaged(root, f"manifest.json is not a JSON object ({e})") from e
-    if form != FORMAT:
+    if form not in _FORMATS:
         raise ResourceError(
             f"{root} is of format {form!r}; this release of flowc reads {FORMAT!r}",
             code="F062" if str(form).startswith("flowc-index/") else "F061",
@@ -169,14 +189,18 @@ def _manifest(row: dict[str, Any]) -> Manifest:
             raise TypeError("a row of the calibration holds something else than numbers")
     info = row["embedder"]
     embedder = EmbedderInfo(str(info["spec"]), str(info["fingerprint"]), number(info["dim"], 1)) if info else None
-    vectors = row["kind"] in ("flat", "ivf")
-    if row["kind"] not in ("flat", "ivf", "bm25"):
+    vectors = row["kind"] != "bm25"
+    if row["kind"] not in KINDS:
         raise ValueError(f"unknown kind {row['kind']!r}")
     if vectors and embedder is None:
         raise ValueError("no embedder")
+    count = number(row["count"], 0)
+    rows, added, deleted = (number(row.get(n, d), 0) for n, d in (("rows", count), ("added", 0), ("deleted", 0)))
+    if rows + added - deleted != count:
+        raise ValueError(f"{rows} rows, {added} added and {deleted} deleted do not make {count}")
     return Manifest(
         kind=str(row["kind"]),
-        count=number(row["count"], 1),
+        count=count,
         metric=str(row["metric"]),
         generation=str(row["generation"]),
         nlist=number(row["nlist"], 1 if vectors else 0),
@@ -187,6 +211,10 @@ def _manifest(row: dict[str, Any]) -> Manifest:
         reasons=tuple(str(r) for r in row["reasons"]),
         calibration=calibration,
         files=files,
+        rows=rows,
+        added=added,
+        deleted=deleted,
+        next_id=number(row.get("next_id", rows + added), rows + added),
     )
 
 
@@ -211,49 +239,89 @@ def check_files(path: Path, manifest: Manifest, *, verify: bool) -> Path:
 
 # ------------------------------------------------------------------------------------------------ reading passages
 class PassageStore:
-    """The passages of an index, fetched by position from a mapped file. Safe to use from several threads."""
+    """The passages of an index by id: main ones from a mapped file, those added since in memory.
+
+    Passages are only ever appended, so searches that know of fewer are not disturbed. Safe to use from several threads.
+    """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._path = path
         folder = path / manifest.generation
         self._map: mmap.mmap | None = None
+        self._ids: npt.NDArray[np.int64] | None = None
+        self.count = manifest.rows
+        self.first = manifest.next_id - manifest.added  # the id of the first passage that was added
+        self.added: list[dict[str, Any]] = []
         try:
             self._offsets = np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
             with (folder / "passages.jsonl").open("rb") as stream:
-                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+                if self.count:
+                    self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            if "ids.npy" in manifest.files:
+                self._ids = np.load(folder / "ids.npy", mmap_mode="r", allow_pickle=False)
+            if manifest.added:
+                with (folder / "added.jsonl").open("rb") as stream:
+                    self.added = [self._parsed(line, self.first + n) for n, line in enumerate(stream)]
         except (OSError, ValueError, EOFError) as e:
             self.close()
             raise damaged(path, f"its passages cannot be opened ({e})") from e
-        good = self._offsets.dtype == np.int64 and self._offsets.shape == (manifest.count + 1,)
-        if not good or int(self._offsets[-1]) != len(self._map):
+        good = self._offsets.dtype == np.int64 and self._offsets.shape == (self.count + 1,)
+        if not good or int(self._offsets[-1]) != (0 if self._map is None else len(self._map)):
             self.close()
             raise damaged(path, "offsets.npy does not fit passages.jsonl")
-        self.count = manifest.count
+        fits = self._ids is None or (self._ids.dtype == np.int64 and self._ids.shape == (self.count,))
+        if not fits or len(self.added) != manifest.added:
+            self.close()
+            raise damaged(path, "the numbers of its passages do not fit each other")
 
-    def doc(self, position: int, score: float = 0.0) -> Doc:
-        """The passage at `position`, as a `Doc` with that id."""
-        row = self.row(position)
-        return Doc(position, row["text"], score, row.get("source", ""), row.get("title", ""))
+    @property
+    def ids(self) -> npt.NDArray[np.int64]:
+        """The ids of the main passages, rising, in the order of their rows."""
+        return np.arange(self.count) if self._ids is None else self._ids
 
-    def row(self, position: int) -> dict[str, str]:
-        """The stored fields of a passage: text, and title, source and key where it has them."""
-        if not 0 <= position < self.count:
-            raise damaged(self._path, f"it names passage {position} of {self.count}")
+    def doc(self, id: int, score: float = 0.0) -> Doc:
+        """The passage with this id."""
+        row = self.row(id)
+        return Doc(id, row["text"], score, row.get("source", ""), row.get("title", ""))
+
+    def passage(self, id: int) -> Passage:
+        """The passage with this id, as it was given."""
+        row = self.row(id)
+        return Passage(**{name: row[name] for name in ("text", "title", "source", "key", "meta") if name in row})
+
+    def row(self, id: int) -> dict[str, Any]:
+        """The stored fields of a passage: text, and title, source, key and meta where it has them."""
+        if id >= self.first and id - self.first < len(self.added):
+            return self.added[id - self.first]
+        at = id if self._ids is None else int(np.searchsorted(self._ids, id))
+        if not 0 <= at < self.count or (self._ids is not None and int(self._ids[at]) != id):
+            raise damaged(self._path, f"it names passage {id} of {self.count}")
         if self._map is None:
             raise ResourceError(f"the index at {self._path} was closed", code="F060", hint="open it again")
-        start, end = int(self._offsets[position]), int(self._offsets[position + 1])
+        return self._parsed(self._map[int(self._offsets[at]) : int(self._offsets[at + 1])], id)
+
+    def _parsed(self, line: bytes, id: int) -> dict[str, Any]:
         try:
-            row = json.loads(self._map[start:end])
+            row = json.loads(line)
             if not isinstance(row["text"], str):
                 raise TypeError("text is not a string")
         except (ValueError, KeyError, TypeError) as e:
-            raise damaged(self._path, f"passage {position} cannot be read ({e})") from e
+            raise damaged(self._path, f"passage {id} cannot be read ({e})") from e
         return dict(row)
 
     def close(self) -> None:
         if self._map is not None:
             self._map.close()
             self._map = None
+
+
+def stored(passage: Passage) -> dict[str, Any]:
+    """A passage as an index keeps it."""
+    row: dict[str, Any] = {"text": passage.text}
+    row |= {n: v for n in ("title", "source", "key") if (v := getattr(passage, n))}
+    if passage.meta:
+        row["meta"] = dict(passage.meta)
+    return row
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -286,17 +354,42 @@ class _HashedFile(io.RawIOBase):
             self._file.close()
 
 
+class WriteLock:
+    """The right to write an index, for one writer at a time on this machine; readers need none.
+
+    Raises `ResourceError` F060 if another process, or another writer of this one, has it. The system takes it back from
+    a process that is killed.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._handle: int | None = os.open(out / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise ResourceError(
+                f"another process is writing the index at {out}", code="F060", hint="wait until it has finished"
+            ) from None
+
+    def release(self) -> None:
+        """Gives it back."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
 class IndexWriter:
     """Writes one generation of an index. Used as a context: what is not committed leaves no trace.
 
-    Raises `ResourceError` F060 if `out` is something else than an index, if another process is writing it, or if the
-    disk is full; in each case an index that was there is intact.
+    `lock` is the index's, if the caller has it. Raises `ResourceError` F060 if `out` is something else than an index,
+    if another process is writing it, or if the disk is full; in each case an index that was there is intact.
     """
 
-    def __init__(self, out: str | os.PathLike[str]) -> None:
+    def __init__(self, out: str | os.PathLike[str], lock: WriteLock | None = None) -> None:
         self.out = Path(out)
         self._files: dict[str, FileInfo] = {}
-        self._lock: int | None = None
+        self._given = lock
+        self._lock: WriteLock | None = None
         self._made_root = False
         self._folder = self.out
 
@@ -309,22 +402,11 @@ class IndexWriter:
             else:
                 self.out.mkdir(parents=True)
                 self._made_root = True
-            self._lock = os.open(self.out / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(self._lock)
-                self._lock = None
-                raise ResourceError(
-                    f"another process is writing the index at {self.out}",
-                    code="F060",
-                    hint="wait until it has finished",
-                ) from None
+            self._lock = self._given or WriteLock(self.out)
             try:
                 self._folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.out))
             except OSError:
-                os.close(self._lock)
-                self._lock = None
+                self._release()
                 raise
         return self
 
@@ -332,10 +414,14 @@ class IndexWriter:
         if self._lock is None:
             return
         shutil.rmtree(self._folder, ignore_errors=True)
-        os.close(self._lock)
-        self._lock = None
+        self._release()
         if self._made_root and not (self.out / _MANIFEST).exists():
             shutil.rmtree(self.out, ignore_errors=True)
+
+    def _release(self) -> None:
+        if self._lock is not None and self._given is None:
+            self._lock.release()
+        self._lock = None
 
     @contextlib.contextmanager
     def file(self, name: str) -> Iterator[IO[bytes]]:
@@ -355,18 +441,50 @@ class IndexWriter:
         with self.file(name) as stream:
             np.lib.format.write_array(stream, values, allow_pickle=False)
 
-    def passages(self, passages: Iterable[Passage]) -> int:
-        """The passages and where they start; returns how many."""
+    def rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> list[int]:
+        """Objects, one a line; returns where each line starts, and where the last one ends."""
         offsets = [0]
-        with self.file("passages.jsonl") as stream:
-            for passage in passages:
-                row = {"text": passage.text}
-                row |= {n: v for n in ("title", "source", "key") if (v := getattr(passage, n))}
+        with self.file(name) as stream:
+            for row in rows:
                 line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
                 stream.write(line)
                 offsets.append(offsets[-1] + len(line))
+        return offsets
+
+    def passages(self, passages: Iterable[Passage], ids: npt.NDArray[np.int64] | None = None) -> int:
+        """The passages, where they start and what they can be filtered by; returns how many. `ids`: not 0, 1, 2, ..."""
+        columns = ColumnsBuilder()
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for passage in passages:
+                row = stored(passage)
+                columns.add(row)
+                yield row
+
+        offsets = self.rows("passages.jsonl", rows())
         self.array("offsets.npy", np.array(offsets, dtype=np.int64))
+        if ids is not None:
+            self.array("ids.npy", ids)
+        if columns.fields:
+            with self.file("fields.json") as stream:
+                stream.write(json.dumps(columns.values(), ensure_ascii=False).encode("utf-8", "replace"))
+            self.array("fields.npy", columns.codes())
         return len(offsets) - 1
+
+    def keep(self, path: Path, manifest: Manifest) -> None:
+        """Takes over the files of a generation that an update leaves as they are: by a link, not by a copy."""
+        with self._os_errors():
+            for name, info in manifest.files.items():
+                if name in _UPDATES:
+                    continue
+                source, target = path / manifest.generation / name, self._folder / name
+                try:
+                    os.link(source, target)
+                except OSError as e:
+                    if e.errno in (errno.ENOENT, errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    shutil.copyfile(source, target)  # a file system without links
+                self._files[name] = info
 
     def commit(self, manifest: Manifest) -> Manifest:
         """The manifest as saved. After this the new index is the index, on disk, whatever happens next."""

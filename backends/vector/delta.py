@@ -1,0 +1,482 @@
+"""Updates of a vector index: a mapped base that nobody writes, small parts in memory behind it, and a bitmap of what
+was deleted.
+
+An *epoch* is all that a search needs, and never changes. An update makes the next one, which shares all but what is
+new: what was added lies in further lists under the same centroids, stacked behind those of the base without a copy;
+what was deleted is skipped by the scanner. A search goes on in the epoch that it began in, so readers take no lock and
+neither they nor the updates wait. Parts that were added double in size as they merge, so there are few.
+
+`save` writes what was added and deleted beside links to the base's files. `compact` writes one base of all of it, on a
+thread of its own, and swaps it in; what was updated meanwhile stays behind the new base. Centroids, codes and ids stay,
+so every search finds the same before and after, bit for bit: an id is given once and never again.
+
+FAISS has no call for any of this: adding to a mapped index aborts the process, and removing moves vectors about.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flowc.ir.errors import InputError, ResourceError
+from flowc.ir.options import Where, where_key
+
+from .columns import Columns, Mask
+from .documents import Passage, check_meta
+from .scan import F32, I64, Lists, Selection, load_faiss
+from .store import IndexWriter, Manifest, PassageStore, WriteLock, read_manifest, stored
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["COMPACT_ABOVE", "INDEX_FILE", "Epoch", "Main", "Updates", "write_faiss"]
+
+INDEX_FILE = "index.faiss"
+COMPACT_ABOVE = 0.2  # of the base's rows, added or deleted, from which on `save` compacts
+_SELECTIONS = 64  # filters of one epoch that are remembered
+
+
+# ------------------------------------------------------------------------------------------------ what a search sees
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """Vectors that were added: ids (rising), clusters and codes, and the same as FAISS lists."""
+
+    ids: I64
+    clusters: I64
+    codes: npt.NDArray[np.uint8]
+    lists: Any
+    sizes: I64
+
+    @staticmethod
+    def of(ids: I64, clusters: I64, codes: npt.NDArray[np.uint8], nlist: int) -> Segment:
+        """The segment of these, with its lists."""
+        faiss = load_faiss()
+        lists = faiss.ArrayInvertedLists(nlist, codes.shape[1])
+        order = np.argsort(clusters, kind="stable")
+        sizes = np.bincount(clusters, minlength=nlist)
+        ends = np.cumsum(sizes)
+        for number in np.flatnonzero(sizes).tolist():
+            rows = order[ends[number] - sizes[number] : ends[number]]
+            held, kept = np.ascontiguousarray(ids[rows]), np.ascontiguousarray(codes[rows])
+            lists.add_entries(number, len(rows), faiss.swig_ptr(held), faiss.swig_ptr(kept))
+        return Segment(ids, clusters, codes, lists, sizes)
+
+    def with_next(self, other: Segment) -> Segment:
+        """Both as one."""
+        ids, clusters = np.concatenate([self.ids, other.ids]), np.concatenate([self.clusters, other.clusters])
+        return Segment.of(ids, clusters, np.concatenate([self.codes, other.codes]), len(self.sizes))
+
+
+@dataclass(frozen=True, eq=False)
+class Main:
+    """The base of an index as its epochs share it: mapped lists, passages, fields."""
+
+    index: Any
+    lists: Lists
+    store: PassageStore
+    columns: Columns
+
+    @cached_property
+    def order(self) -> I64:
+        """The ids in the order of the lists."""
+        faiss, found = load_faiss(), [np.empty(0, dtype=np.int64)]
+        for number, size in enumerate(self.lists.sizes.tolist()):
+            if size:
+                found.append(faiss.rev_swig_ptr(self.index.invlists.get_ids(number), size).copy())
+        return np.concatenate(found)
+
+    def sizes(self, mask: Mask) -> I64:
+        """How many of the selected ids each list holds."""
+        before = np.concatenate([[0], np.cumsum(mask[self.order])])
+        ends = np.cumsum(self.lists.sizes)
+        return np.asarray(before[ends] - before[ends - self.lists.sizes], dtype=np.int64)
+
+
+class Epoch(Lists):
+    """Lists, passages and fields that belong together; never changes. `mask`: which of the ids were not deleted."""
+
+    def __init__(self, main: Main, segments: tuple[Segment, ...], mask: Mask) -> None:
+        self.main = main
+        self.home: object = None  # the opened index that it is of
+        self.segments = segments
+        self.mask = mask
+        self.store = main.store
+        self.added = len(mask) - main.store.first  # passages of the store's `added` that this epoch knows
+        self._selections: OrderedDict[tuple[Any, ...], Selection] = OrderedDict()
+        sizes = np.concatenate([main.lists.sizes, *(segment.sizes for segment in segments)])
+        present = np.zeros(len(mask), dtype=np.bool_)
+        present[main.store.ids] = True
+        present[main.store.first :] = True
+        self.deleted = int(np.count_nonzero(present & ~mask))
+        alive = Selection(_packed(mask), self._sizes(mask)) if self.deleted else None
+        super().__init__(self._stacked() if segments else main.index, base=main.lists, sizes=sizes, alive=alive)
+
+    def _stacked(self) -> Any:
+        """An index whose lists are the base's and then each segment's, which they remain the owners of."""
+        faiss, base = load_faiss(), self.main.index
+        pointers = faiss.InvertedListsPtrVector()
+        for lists in (base.invlists, *(segment.lists for segment in self.segments)):
+            pointers.push_back(lists)
+        self._stack = faiss.VStackInvertedLists(pointers.size(), pointers.data())
+        return like(base, base.quantizer, self._stack)
+
+    def _sizes(self, mask: Mask) -> I64:
+        nlist = self.main.lists.nlist
+        parts = [np.bincount(s.clusters[mask[s.ids]], minlength=nlist) for s in self.segments]
+        return np.concatenate([self.main.sizes(mask), *parts])
+
+    def selection(self, where: Where | None) -> Selection | None:
+        """The passages that meet the conditions and were not deleted; None for all there are.
+
+        Raises `ResourceError` F063 for a field that no passage has.
+        """
+        if where is None:
+            return self.alive
+        found = self._selections.get(where_key(where))
+        if found is None:
+            mask = self.matching(where) & self.mask
+            found = self._selections[where_key(where)] = Selection(_packed(mask), self._sizes(mask))
+            while len(self._selections) > _SELECTIONS:
+                self._selections.popitem(last=False)
+        return found
+
+    def matching(self, where: Where) -> Mask:
+        """For each id whether its passage meets the conditions, deleted or not."""
+        rows = self.store.added[: self.added]
+        if self.count:  # an index of nothing finds nothing, whatever it is asked
+            self.main.columns.check(where, rows)
+        mask = np.zeros(len(self.mask), dtype=np.bool_)
+        mask[self.store.ids] = self.main.columns.rows(where)
+        if rows:
+            mask[self.store.first :] = self.main.columns.added(where, rows)
+        return mask
+
+    def live(self) -> I64:
+        """The ids that are searched, rising."""
+        present = np.concatenate([self.store.ids, np.arange(self.store.first, len(self.mask))])
+        return np.asarray(present[self.mask[present]])
+
+
+def like(index: Any, quantizer: Any, lists: Any) -> Any:
+    """An index of other lists, with the coding and the metric of this one; it owns neither lists nor quantizer."""
+    faiss = load_faiss()
+    if isinstance(index, faiss.IndexIVFScalarQuantizer):
+        kind = index.sq.qtype
+        out = faiss.IndexIVFScalarQuantizer(quantizer, index.d, lists.nlist, kind, index.metric_type, False, False)
+        out.sq = index.sq
+    else:
+        out = faiss.IndexIVFFlat(quantizer, index.d, lists.nlist, index.metric_type, False)
+    out.own_fields = False
+    out.is_trained = True
+    out.replace_invlists(lists, False)
+    return out
+
+
+def _packed(mask: Mask) -> npt.NDArray[np.uint8]:
+    return np.packbits(mask, bitorder="little")
+
+
+def write_faiss(writer: IndexWriter, index: Any) -> None:
+    """The FAISS index as a file of the index."""
+    with writer.file(INDEX_FILE) as stream:
+        # Through Python's file, because FAISS's own writer forgets what fclose says about a full disk.
+        faiss = load_faiss()
+        faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
+
+
+def saved_epoch(main: Main, path: Path, manifest: Manifest) -> Epoch:
+    """The epoch that was saved. Raises `ValueError` or `OSError` if its files do not fit each other."""
+    folder, nlist = path / manifest.generation, main.lists.nlist
+    mask = np.ones(manifest.next_id, dtype=np.bool_)
+    segments: tuple[Segment, ...] = ()
+    if manifest.added:
+        codes = np.load(folder / "added.codes.npy", allow_pickle=False)
+        clusters = np.load(folder / "added.clusters.npy", allow_pickle=False)
+        fits = codes.shape == (manifest.added, main.index.code_size) and clusters.shape == (manifest.added,)
+        if not fits or codes.dtype != np.uint8 or not ((clusters >= 0) & (clusters < nlist)).all():
+            raise ValueError("what was added does not fit the index")
+        ids = np.arange(main.store.first, manifest.next_id)
+        segments = (Segment.of(ids, clusters.astype(np.int64), codes, nlist),)
+    if manifest.deleted:
+        mask[np.load(folder / "deleted.npy", allow_pickle=False)] = False
+    epoch = Epoch(main, segments, mask)
+    if epoch.deleted != manifest.deleted:
+        raise ValueError("what was deleted does not fit the index")
+    return epoch
+
+
+# ------------------------------------------------------------------------------------------------ the one who writes
+class Updates:
+    """The writer of one opened index. Its calls may come from any thread; each is whole, or has not happened.
+
+    The first update takes the index's lock, so that there is one writer on the machine; `close` gives it back.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        epoch: Epoch,
+        publish: Callable[[Epoch, Manifest], None],
+        reopen: Callable[[Manifest], Main],
+        embed: Callable[[Sequence[Passage]], F32],
+        prepared: Callable[[Any, int], F32],
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.epoch = epoch
+        self._publish, self._reopen, self._embed, self._prepared = publish, reopen, embed, prepared
+        self._lock: WriteLock | None = None
+        self._memory = threading.Lock()  # of the current epoch
+        self._disk = threading.RLock()  # of the files
+        self._keys: dict[str, int] | None = None
+        self._sealed = 0  # segments with ids below are being compacted, and merge with none above
+        self._changed = False
+        self._compacting: Future[Manifest] | None = None
+
+    # -------------------------------------------------------------------------------------------- updates
+    def add(self, passages: Sequence[Passage | str], vectors: Any = None, *, replace: bool = False) -> list[int]:
+        """The ids of the passages that it adds; with `replace` each takes the place of the one with its key."""
+        items = [Passage(p) if isinstance(p, str) else p for p in passages]
+        keys = [p.key for p in items if p.key]
+        for item in items:
+            problem = check_meta(item.meta)
+            if problem:
+                raise InputError(problem, hint=f"passage {item.text[:60]!r}")
+        if replace and len(keys) < len(items):
+            raise ResourceError("a passage without a key takes no other's place", code="F063", hint="give it one")
+        if len(set(keys)) < len(keys):
+            twice = next(key for n, key in enumerate(keys) if key in keys[:n])
+            raise ResourceError(f"two of the passages have the key {twice!r}", code="F063", hint="keys are unique")
+        if not items:
+            return []
+        data = self._prepared(self._embed(items) if vectors is None else vectors, len(items))
+        with self._memory:
+            self._writable()
+            epoch = self.epoch
+            known = self._known_keys()
+            taken = [key for key in keys if key in known]
+            if taken and not replace:
+                raise ResourceError(
+                    f"the index holds a passage with the key {taken[0]!r}", code="F063", hint="upsert replaces it"
+                )
+            first = len(epoch.mask)
+            ids = np.arange(first, first + len(items))
+            segments = self._merged((*epoch.segments, self._segment(data, ids)))
+            mask = np.concatenate([epoch.mask, np.ones(len(items), dtype=np.bool_)])
+            mask[[known[key] for key in taken]] = False
+            epoch.store.added.extend(stored(item) for item in items)
+            known.update((item.key, int(id)) for item, id in zip(items, ids, strict=True) if item.key)
+            self._next(Epoch(epoch.main, segments, mask))
+            return [int(id) for id in ids]
+
+    def delete(
+        self, ids: Iterable[int] | None = None, keys: Iterable[str] | None = None, where: Where | None = None
+    ) -> int:
+        """How many passages it deletes: those with these ids, those with these keys, those that meet the conditions."""
+        with self._memory:
+            self._writable()
+            epoch = self.epoch
+            mask = epoch.mask.copy()
+            for id in ids or ():
+                if 0 <= id < len(mask):
+                    mask[id] = False
+            known = self._known_keys()
+            for key in keys or ():
+                if key in known:
+                    mask[known[key]] = False
+            if where is not None:
+                mask &= ~epoch.matching(where)
+            after = Epoch(epoch.main, epoch.segments, mask)
+            if after.deleted == epoch.deleted:
+                return 0
+            self._keys = {key: id for key, id in known.items() if mask[id]}
+            self._next(after)
+            return after.deleted - epoch.deleted
+
+    def _next(self, epoch: Epoch) -> None:
+        self.epoch = epoch
+        self._changed = True
+        self._publish(epoch, self.manifest)
+
+    def _segment(self, data: F32, ids: I64) -> Segment:
+        faiss, index = load_faiss(), self.epoch.main.index
+        clusters = np.zeros(len(data), dtype=np.int64)
+        if index.nlist > 1:
+            clusters = np.ascontiguousarray(index.quantizer.search(data, 1)[1][:, 0])
+        codes = np.empty((len(data), index.code_size), dtype=np.uint8)
+        index.encode_vectors(len(data), faiss.swig_ptr(data), faiss.swig_ptr(clusters), faiss.swig_ptr(codes))
+        return Segment.of(ids, clusters, codes, index.nlist)
+
+    def _merged(self, segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+        while (
+            len(segments) > 1
+            and len(segments[-2].ids) < 2 * len(segments[-1].ids)
+            and not (segments[-2].ids[0] < self._sealed <= segments[-1].ids[0])
+        ):
+            segments = (*segments[:-2], segments[-2].with_next(segments[-1]))
+        return segments
+
+    def _known_keys(self) -> dict[str, int]:
+        """Key -> id of the passages that are there."""
+        if self._keys is None:
+            epoch = self.epoch
+            values, codes = epoch.main.columns.key_rows()
+            ids = epoch.store.ids
+            rows = np.flatnonzero(codes >= 0)
+            keys = {str(values[code]): int(ids[row]) for row, code in zip(rows, codes[rows], strict=True)}
+            first = epoch.store.first
+            keys |= {str(r["key"]): first + n for n, r in enumerate(epoch.store.added[: epoch.added]) if r.get("key")}
+            self._keys = {key: id for key, id in keys.items() if epoch.mask[id]}
+        return self._keys
+
+    def _writable(self) -> None:
+        """Takes the lock, and sees that the index on the disk is still the one that was opened."""
+        if self._lock is None:
+            lock = WriteLock(self.path)
+            if read_manifest(self.path).generation != self.manifest.generation:
+                lock.release()
+                raise ResourceError(
+                    f"the index at {self.path} was changed since it was opened", code="F060", hint="open it again"
+                )
+            self._lock = lock
+
+    # -------------------------------------------------------------------------------------------- saving
+    def save(self) -> Manifest:
+        """Puts every update so far on the disk, in time that depends on their number and not on the index's size."""
+        with self._disk:
+            with self._memory:
+                epoch, changed = self.epoch, self._changed
+                self._changed = False
+            if not changed:
+                return self.manifest
+            try:
+                self.manifest = self._written(epoch)
+            except BaseException:
+                self._changed = True
+                raise
+            with self._memory:
+                self._publish(self.epoch, self.manifest)
+        return self.manifest
+
+    def _written(self, epoch: Epoch) -> Manifest:
+        with IndexWriter(self.path, self._lock) as writer:
+            writer.keep(self.path, self.manifest)
+            if epoch.added:
+                writer.rows("added.jsonl", epoch.store.added[: epoch.added])
+                writer.array("added.codes.npy", np.concatenate([s.codes for s in epoch.segments]))
+                clusters = np.concatenate([s.clusters for s in epoch.segments])
+                writer.array("added.clusters.npy", clusters.astype(np.int32))
+            if epoch.deleted:
+                gone = np.ones(len(epoch.mask), dtype=np.bool_)
+                gone[epoch.live()] = False
+                present = np.concatenate([epoch.store.ids, np.arange(epoch.store.first, len(epoch.mask))])
+                writer.array("deleted.npy", present[gone[present]])
+            return writer.commit(
+                dataclasses.replace(
+                    self.manifest,
+                    count=epoch.count,
+                    added=epoch.added,
+                    deleted=epoch.deleted,
+                    next_id=len(epoch.mask),
+                    calibration={},
+                )
+            )
+
+    @property
+    def is_due(self) -> bool:
+        """Whether so much was added and deleted that a new base is worth its while."""
+        epoch = self.epoch
+        return epoch.added + epoch.deleted > COMPACT_ABOVE * max(1, self.manifest.rows)
+
+    def compact(self) -> Future[Manifest]:
+        """Begins to write one base of everything, and gives the manifest once that is the index; one at a time."""
+        with self._memory:
+            self._writable()
+            if self._compacting is None or self._compacting.done():
+                self._compacting = Future()
+                thread = threading.Thread(target=self._compact, args=(self._compacting,), name="flowc-compact")
+                thread.daemon = True
+                thread.start()
+            return self._compacting
+
+    def _compact(self, result: Future[Manifest]) -> None:
+        try:
+            with self._disk:
+                with self._memory:
+                    before = self.epoch
+                    self._sealed = len(before.mask)
+                    self._changed = False
+                try:
+                    self.manifest = self._rewritten(before)
+                    main = self._reopen(self.manifest)
+                except BaseException:
+                    self._changed = True
+                    raise
+                with self._memory:
+                    now = self.epoch
+                    main.store.added.extend(now.store.added[before.added : now.added])
+                    later = tuple(s for s in now.segments if s.ids[0] >= self._sealed)
+                    self.epoch = Epoch(main, later, now.mask)
+                    self._sealed = 0
+                    self._publish(self.epoch, self.manifest)
+        except BaseException as e:
+            self._sealed = 0
+            result.set_exception(e)
+        else:
+            result.set_result(self.manifest)
+
+    def _rewritten(self, epoch: Epoch) -> Manifest:
+        faiss, base = load_faiss(), epoch.main.index
+        lists = faiss.ArrayInvertedLists(epoch.nlist, base.code_size)
+        for cluster in range(epoch.nlist):
+            codes, ids = [], []
+            for number in range(cluster, len(epoch.sizes), epoch.nlist):
+                if epoch.sizes[number]:
+                    part_codes, part_ids = epoch.stored(number)
+                    keep = epoch.mask[part_ids]
+                    codes.append(part_codes[keep])
+                    ids.append(part_ids[keep])
+            if ids:
+                held, kept = np.ascontiguousarray(np.concatenate(ids)), np.ascontiguousarray(np.concatenate(codes))
+                lists.add_entries(cluster, len(held), faiss.swig_ptr(held), faiss.swig_ptr(kept))
+        index = like(base, base.quantizer, lists)
+        index.ntotal = epoch.count
+        live = epoch.live()
+        with IndexWriter(self.path, self._lock) as writer:
+            dense = len(live) == 0 or int(live[-1]) == len(live) - 1
+            writer.passages((epoch.store.passage(int(id)) for id in live), None if dense else live)
+            write_faiss(writer, index)
+            return writer.commit(
+                dataclasses.replace(
+                    self.manifest,
+                    count=epoch.count,
+                    rows=epoch.count,
+                    added=0,
+                    deleted=0,
+                    next_id=len(epoch.mask),
+                    calibration={},
+                )
+            )
+
+    def close(self) -> None:
+        """Waits for a compaction under way and gives the lock back. What was not saved is lost, with a warning."""
+        if self._compacting is not None:
+            self._compacting.exception()
+        with self._disk, self._memory:
+            if self._changed:
+                warnings.warn(f"updates of the index at {self.path} were not saved", ResourceWarning, stacklevel=3)
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
