@@ -862,10 +862,14 @@ class Driver:
         if handle.dead:
             return
         handle.timer = None
-        handle.cancel()
-        frame = handle.frame
         op = handle.op
-        after = self._op_failed(frame, handle.index, node_timeout(told_of(op), timeout_s, op))
+        error = node_timeout(told_of(op), timeout_s, op)
+        if isinstance(handle, LaneItem) and handle.searching is not None:
+            after = self.settle_handle(handle, False, error)
+            self.forget(handle)
+        else:
+            handle.cancel()
+            after = self._op_failed(handle.frame, handle.index, error)
         if after is not None:
             self._run(after)
 
@@ -983,7 +987,7 @@ class Driver:
         """Would work that is perhaps not needed get into the way of other work? HedraRAG's T_curr / T_max >= tau."""
         at = self._loop_lanes.get(lane)
         waiting = len(self._outbox.get(lane, ())) + (lane.load() if at is None else at.load())
-        return waiting >= self.runtime.ahead_share * lane.max_batch * lane.max_calls
+        return waiting >= self.runtime.ahead_share * (lane.max_calls if lane.max_calls > 1 else lane.max_batch)
 
     def _ahead(
         self, frame: Frame, index: int, node: LaneNode, lane: Lane, request: Any, key: tuple[Any, ...]
@@ -1027,16 +1031,29 @@ class Driver:
         start_s = self.now() if trace is not None else 0.0
         if node.stage == "begin":
             options = {**node.options, **{name: slots[slot] for name, slot in node.dynamic}}
-            request = make_request("search", node.operands(slots), options, self._ticket(frame, index))
-            lane = self.runtime.lane("search", node.resource)
-            slots[node.out] = Searching(request, lane, self.now(), timeout_of(options.get("timeout")))
+            request = make_request("search", node.operands(slots), options)
+            timeout_s = timeout_of(options.get("timeout"))
+            searching = slots[node.out] = Searching(request, self.now(), timeout_s)
+            try:
+                searching.lane = self.runtime.lane("search", node.resource)
+            except Exception as error:
+                searching.error = error
         else:
             (searching,) = node.operands(slots)
-            if searching.docs is None:
-                if node.stage == "partial":
+            is_over = searching.docs is not None or searching.error is not None
+            match node.stage:
+                case "scan" if is_over:
+                    slots[node.out] = searching
+                case "partial" if is_over:
+                    slots[node.out] = Docs() if searching.docs is None else searching.docs
+                case "partial":
                     return self._partial(frame, index, node, searching)
-                return self._scan(frame, index, node, searching)
-            slots[node.out] = searching if node.stage == "scan" else searching.docs
+                case "finish" if is_over:
+                    if searching.error is not None:
+                        raise searching.error
+                    slots[node.out] = searching.docs
+                case _:
+                    return self._scan(frame, index, node, searching)
         if trace is not None:
             trace.ran(frame.program, node.label, frame.block.ops[index].loc, start_s, True)
         return None
@@ -1263,7 +1280,7 @@ class Driver:
                         close_items(frame.state[0], value, frame.node.split)
                 except BaseException as e:
                     ok, value = False, e
-            value = _after(handle, ok, value)
+            ok, value = _after(handle, ok, value)
         elif (
             not ok
             and isinstance(handle, CallItem)
@@ -1352,8 +1369,8 @@ def _keep(item: LaneItem, ok: bool, answer: Any) -> None:
             item.searching.answer(None)
 
 
-def _after(item: LaneItem, ok: bool, value: Any) -> Any:
-    """What else the end of an item means; gives its instruction's value."""
+def _after(item: LaneItem, ok: bool, value: Any) -> tuple[bool, Any]:
+    """What else the end of an item means, and what its instruction comes to: a scan never fails, the finish does."""
     if item.kv is not None:
         item.kv.cancel()
     node, program = item.node, item.frame.program
@@ -1364,9 +1381,10 @@ def _after(item: LaneItem, ok: bool, value: Any) -> Any:
     searching = item.searching
     if searching is not None:
         searching.answer(value if ok else None)
-        if ok and node is not None and node.stage == "scan":
-            return searching
-    return value
+        if node is not None and node.stage == "scan":
+            searching.error = None if ok else value
+            return True, searching
+    return ok, value
 
 
 def _joined(values: Sequence[Any]) -> str:

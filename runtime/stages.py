@@ -181,19 +181,22 @@ class Announced:
 class Searching:
     """A search in pieces, from `ivf.begin` to `ivf.finish`: one item in its lane, whoever asks first.
 
-    `partials` wait for a result that is good enough. Only the driver's thread writes to it.
+    `partials` wait for a result that is good enough, each with how certain it must be. Only the driver's thread writes
+    to it; `error` is what `ivf.finish` raises.
     """
 
-    __slots__ = ("begun_s", "docs", "item", "lane", "partials", "request", "timeout_s")
+    __slots__ = ("begun_s", "docs", "error", "item", "lane", "partials", "request", "timeout_s")
 
-    def __init__(self, request: SearchRequest, lane: Lane, begun_s: float, timeout_s: float | None) -> None:
+    lane: Lane
+
+    def __init__(self, request: SearchRequest, begun_s: float, timeout_s: float | None) -> None:
         self.request = request
-        self.lane = lane
         self.begun_s = begun_s
         self.timeout_s = timeout_s  # for all of it
         self.item: LaneItem | None = None
         self.partials: list[tuple[Handle, float]] = []
         self.docs: Docs | None = None
+        self.error: BaseException | None = None
 
     def answer(self, docs: Docs | None) -> None:
         """The search is over: who waits for a part of it gets the whole, or nothing where there is none."""

@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from flowc.ir.builder import Builder
-from flowc.ir.core import Graph, Region, Scope, Value
+from flowc.ir.core import Attr, Graph, Region, Scope, Value
 from flowc.ir.errors import Loc, ResourceError
 from flowc.ir.ops import effect_of_region
-from flowc.ir.types import ANY, BOOL, INT, TEXT, list_of
+from flowc.ir.types import AHEAD, ANY, BOOL, DOCS, INT, KV, SCAN, TEXT, list_of
 from flowc.ir.values import Doc, Docs
 from flowc.runtime.protocols import ChooseRequest, GenerateRequest, Generation, RerankRequest, SearchRequest
 
@@ -236,8 +236,74 @@ class Play:
         return ScriptedReranker()
 
 
+class StagePlay(Play):
+    """`Play` with a model that streams what it writes, and backends that take advice and note what they hold."""
+
+    def __init__(self, latency: random.Random | None = None) -> None:
+        super().__init__(latency)
+        self.told: dict[Hashable, str] = {}  # by key: what is announced and not taken back
+        self.followed: list[tuple[Hashable, str]] = []
+        self.asked: list[Any] = []
+        self.running = 0
+
+    # -- advice
+    def prefill(self, key: Hashable, prefix: str, ticket: Any = None) -> None:
+        self.told[key] = prefix
+
+    def hint(self, key: Hashable, prefix: str, steps: float) -> None:
+        self.told[key] = prefix
+        if "8" in prefix:
+            raise OSError("no advice, please")
+
+    def predict(self, key: Hashable, text: str, window_s: float) -> None:
+        self.told[key] = text
+
+    def follow(self, key: Hashable, text_so_far: str) -> None:
+        assert key in self.told
+        self.followed.append((key, text_so_far))
+
+    def release(self, key: Hashable) -> None:
+        assert self.told.pop(key, None) is not None, "released twice"
+
+    def pin(self, prefix: str, ttl_s: float) -> None:
+        raise OSError("no advice, please")
+
+    # -- operations
+    async def search(self, requests: Sequence[SearchRequest]) -> list[Any]:
+        self.asked += requests
+        return await super().search(requests)
+
+    async def generate(
+        self, requests: Sequence[GenerateRequest], on_text: Any = None, is_cancelled: Any = None
+    ) -> list[Any]:
+        """A prompt `lines N` is answered with as many lines as N has digits; "77" in a prompt fails half-way."""
+        self.asked += requests
+        self.running += len(requests)
+        answers: list[Any] = []
+        try:
+            for i, request in enumerate(requests):
+                text = f"{len(request.prompt)}"
+                if request.prompt.startswith("lines"):
+                    number = int(request.prompt.split()[1])
+                    text = "\r\n".join(str(number + n) for n in range(len(str(number))))
+                await self.pause()
+                for at in range(0, len(text), 2):
+                    if on_text is not None:
+                        on_text(i, text[at : at + 2])
+                    if at and "77" in request.prompt:
+                        break
+                    await self.pause()
+                answers.append(RuntimeError(request.prompt) if "77" in request.prompt else Generation(text))
+        finally:
+            self.running -= len(requests)
+        return answers
+
+
 class _Writer:
     """Writes one random workflow over integers."""
+
+    extra: tuple[str, ...] = ()  # kinds of steps besides
+    only: tuple[str, ...] = ()  # if any: the kinds of steps that may stand here
 
     def __init__(self, rng: random.Random, play: Play, depth: int) -> None:
         self.rng = rng
@@ -276,6 +342,7 @@ class _Writer:
             ]
             if depth:
                 kinds += ["if", "while", "foreach", "collect", "try", "call", "cell", "fused"] * 2
+            kinds = [*(self.only or (*kinds, *self.extra * 2))]
             values.append(getattr(self, "make_" + self.rng.choice(kinds))(values, depth))
 
     def make_pure(self, values: list[Value], _: int) -> Value:
@@ -424,6 +491,131 @@ class _Writer:
             (total,) = b.py("t = a + 1\nu = t * 2", mine[-1], params=["a"], outs=["u"], writes=(), raises=False)
             body.yields = (total, mine[-1])
         return b.emit("fused", [], [("u", ANY), ("w", ANY)], {}, [body.done()])[self.rng.randrange(2)]
+
+
+class _StageWriter(_Writer):
+    """Writes one with operations of the stage level, guesses that are wrong and advice that nobody needs."""
+
+    extra = ("pieces", "pieces", "begun", "begun", "each", "each", "kv", "advice")
+
+    def make_pieces(self, values: list[Value], depth: int) -> Value:
+        """A search in pieces, with other work between them and perhaps a guess from a part of it."""
+        b, rng = self.b, self.rng
+        (begun,) = b.emit(
+            "ivf.begin", [b.template("q{}", self.pick(values))], [("s", SCAN)], {"resource": "docs", "k": 2}
+        )
+        mine = list(values)
+        guess = None
+        if rng.random() < 0.5:
+            (part,) = b.emit("ivf.partial", [begun], [("part", DOCS)], {"resource": "docs", "confidence": 0.5})
+            (guess,) = b.emit(
+                "ahead.generate", [b.template("of {}", part)], [("h", AHEAD)], {"resource": "llm", "max_tokens": 8}
+            )
+        if rng.random() < 0.5:
+            self.steps(mine, 1, 0)
+        (scanned,) = b.emit("ivf.scan", [begun], [("s", SCAN)], {"resource": "docs"})
+        if rng.random() < 0.3:
+            self.steps(mine, 1, depth - 1 if depth else 0)
+        (docs,) = b.emit("ivf.finish", [scanned], [("docs", DOCS)], {"resource": "docs"})
+        if guess is None:
+            return b.py("sum(len(d.text) for d in docs)", docs, params=["docs"], writes=(), raises=False)[0]
+        return self.consume(b.template("of {}", docs), guess)
+
+    def consume(self, prompt: Value, begun: Value, **attrs: Attr) -> Value:
+        fields = {"resource": "llm", "max_tokens": 8, "kw": ("ahead",), **attrs}
+        (text,) = self.b.emit("generate", [prompt, begun], [("t", TEXT)], fields)
+        return self.b.py("int(t)", text, params=["t"], writes=())[0]
+
+    def make_begun(self, values: list[Value], depth: int) -> Value:
+        """Something begun ahead that is needed, needed otherwise, perhaps needed, needed in every turn, or never."""
+        b, rng = self.b, self.rng
+        a, c = self.pick(values), self.pick(values)
+        prompt = b.template("{} then {}", a, c)
+        fields: dict[str, Attr] = {"resource": "llm", "max_tokens": rng.choice([8, 8, 9])}
+        (begun,) = b.emit("ahead.generate", [prompt], [("h", AHEAD)], fields)
+        mine = list(values)
+        if rng.random() < 0.7:
+            self.steps(mine, 1, max(0, depth - 1))
+        match rng.choice(["same", "same", "other", "branch", "loop", "never", "search"]):
+            case "never":
+                return mine[-1]
+            case "other":
+                return self.consume(b.template("{} then {}", a, self.pick(mine)), begun)
+            case "branch":
+                (condition,) = b.py("a % 2", self.pick(mine), params=["a"], writes=(), raises=False)
+                with b.region() as then:
+                    then.yields = (self.consume(b.template("{} then {}", a, c), begun),)
+                with b.region() as orelse:
+                    orelse.yields = (self.pick(mine),)
+                return b.if_(condition, then.done(), orelse.done())[0]
+            case "loop":
+                with b.region([("i", INT), ("acc", ANY)]) as body:
+                    body.yields = (self.consume(b.template("{} then {}", a, body.params[1]), begun),)
+                return b.foreach(self.items(mine), [c], body.done())[0]
+            case "search":
+                (found,) = b.emit("ahead.search", [b.template("q{}", a)], [("h", AHEAD)], {"resource": "docs", "k": 3})
+                query = b.template("q{}", rng.choice([a, c]))
+                attrs: dict[str, Attr] = {"resource": "docs", "k": 3, "kw": ("ahead",)}
+                (docs,) = b.emit("search", [query, found], [("docs", DOCS)], attrs)
+                return b.py("sum(len(d.text) for d in docs)", docs, params=["docs"], writes=(), raises=False)[0]
+            case _:
+                return self.consume(b.template("{} then {}", a, c), begun)
+
+    def make_each(self, values: list[Value], depth: int) -> Value:
+        b = self.b
+        prompt = b.template("lines {}", self.pick(values))
+        with b.region([("i", TEXT)]) as body:
+            (n,) = b.py("int(i)", body.params[0], params=["i"], writes=())
+            mine = [*values, n]
+            self.only = ("fetch", "search", "raises", "generate", "pieces", "begun")  # nothing that writes
+            self.steps(mine, self.rng.randrange(3), 0)
+            self.only = ()
+            body.yields = (b.list_of(mine[-1]),)
+        results = [("text", TEXT), ("items", list_of(TEXT)), ("found", list_of(ANY))]
+        attrs: dict[str, Attr] = {"resource": "llm", "split": self.rng.choice(["lines", "\r\n", "1"]), "collects": 1}
+        text, items, found = b.emit("llm.each", [prompt], results, attrs, [body.done()])
+        total = "(len(t) + len(i) + sum(f)) % 1000"
+        return b.py(total, text, items, found, params=["t", "i", "f"], writes=(), raises=False)[0]
+
+    def make_kv(self, values: list[Value], depth: int) -> Value:
+        b = self.b
+        first = b.template("on {}", self.pick(values))
+        (kv,) = b.emit("llm.prefill", [first], [("kv", KV)], {"resource": "llm"})
+        mine = list(values)
+        self.steps(mine, 1, max(0, depth - 1))
+        second = b.template("on {}", mine[-1])
+        if self.rng.random() < 0.5:
+            (kv,) = b.emit("llm.extend", [kv, second], [("kv", KV)], {"resource": "llm"})
+        if self.rng.random() < 0.2:
+            return mine[-1]
+        attrs: dict[str, Attr] = {"resource": "llm", "kw": ("kv",), "drops": True, "lookahead": ("docs#1", "docs#2")}
+        (text,) = b.emit("generate", [second, kv], [("t", TEXT)], attrs)
+        return b.py("int(t)", text, params=["t"], writes=())[0]
+
+    def make_advice(self, values: list[Value], depth: int) -> Value:
+        b = self.b
+        text = b.template("{}", self.pick(values))
+        site = self.rng.randrange(3)
+        for _ in range(self.rng.randrange(1, 4)):
+            match self.rng.choice(["kv.hint", "kv.release", "kv.pin", "cluster.prefetch"]):
+                case "kv.hint":
+                    attrs: dict[str, Attr] = {"resource": "llm", "site": site, "prefix": "a", "steps": 2}
+                    b.emit("kv.hint", [text], [], attrs)
+                case "kv.release":
+                    b.emit("kv.release", [], [], {"resource": "llm", "site": site})
+                case "kv.pin":
+                    b.emit("kv.pin", [text], [], {"resource": "llm", "site": site, "ttl": 1.5})
+                case _:
+                    b.emit("cluster.prefetch", [text], [], {"resource": "docs", "site": 10 + site, "window": 0.5})
+        docs = b.search("docs", text, k=1, site=10 + site)
+        return b.py("len(docs)", docs, params=["docs"], writes=(), raises=False)[0]
+
+
+def stage_workflow(seed: int, play: StagePlay) -> Graph:
+    """A workflow of two integers with operations of the stage level."""
+    rng = random.Random(seed)
+    inner = _StageWriter(rng, play, 1).workflow("inner", [])
+    return _StageWriter(rng, play, 2).workflow("main", [inner])
 
 
 def random_workflow(seed: int, play: Play) -> Graph:
