@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flowc.runtime.protocols import Embedder
 
     from .bm25 import BM25Retriever
+    from .device.devices import Device
     from .info import IndexInfo
     from .ivf import IVFRetriever
     from .store import Manifest
@@ -84,12 +85,16 @@ def open_index(
     name: str | None = None,
     nprobe: int | None = None,
     verify: bool = False,
+    device: str | Device = "cpu",
+    device_bytes: int = 1 << 30,
 ) -> IVFRetriever | BM25Retriever:
     """The index at `path`, mapped, not read: opening takes milliseconds whatever its size.
 
     Sizes of all files are always checked, their SHA-256 with `verify`. Without an embedder the one that the index was
-    made with is opened at the first search by text. `nprobe` stands in for the index's own. Raises `ResourceError`:
-    F061 no index there, F062 damaged, F063 the embedder is another one than the index was made with.
+    made with is opened at the first search by text. `nprobe` stands in for the index's own. On a `device` ("cuda",
+    "cuda:1", "simulated", or a `flowc.backends.vector.device.devices.Device`) up to `device_bytes` of the lists in
+    demand are kept and scanned; results stay what they are. Raises `ResourceError`: F060 no such device, F061 no index
+    there, F062 damaged, F063 the embedder is another one than the index was made with, or a device cannot hold it.
     """
     try:
         from .store import read_manifest
@@ -97,7 +102,7 @@ def open_index(
         for attempt in range(10):
             manifest = read_manifest(path)
             try:
-                return _open(path, manifest, embedder, name, nprobe, verify)
+                return _open(path, manifest, embedder, name, nprobe, verify, device, device_bytes)
             except ResourceError as e:
                 # A build may have replaced the index between the two reads: then the manifest has moved on (or, after
                 # two builds, is back where it was). What does not move is damaged.
@@ -116,10 +121,15 @@ def _open(
     name: str | None,
     nprobe: int | None,
     verify: bool,
+    device: str | Device,
+    device_bytes: int,
 ) -> IVFRetriever | BM25Retriever:
     if manifest.kind == "bm25":
         from .bm25 import BM25Retriever
 
+        if device != "cpu":
+            hint = 'device = "cpu", or an index of vectors'
+            raise ResourceError("an index of words has nothing for a device to hold", code="F063", hint=hint)
         return BM25Retriever(path, manifest, name=name, verify=verify)
     from flowc.backends.embed import open_embedder
 
@@ -128,7 +138,14 @@ def _open(
     assert manifest.embedder is not None
     spec = manifest.embedder.spec
     embedder = embedder or (lambda: open_embedder(spec))
-    return IVFRetriever(path, manifest, embedder, name=name, nprobe=nprobe, verify=verify)
+    if device == "cpu":
+        return IVFRetriever(path, manifest, embedder, name=name, nprobe=nprobe, verify=verify)
+    from .device.retriever import DeviceRetriever, open_device
+
+    there = open_device(device) if isinstance(device, str) else device
+    return DeviceRetriever(
+        path, manifest, embedder, device=there, device_bytes=device_bytes, name=name, nprobe=nprobe, verify=verify
+    )
 
 
 def index_info(

@@ -85,6 +85,8 @@ class IndexConfig:
     path: Path = _key(Path, "the index folder")
     embedder: str | None = _key(str, "the embedder that it was built with; absent: what the index itself says", None)
     nprobe: int | None = _key(int, "clusters to probe; absent: what the index itself says", None, least=1)
+    device: str = _key(str, "what holds the clusters in demand", "cpu", choices=("cpu", "cuda", "simulated"))
+    device_bytes: int = _key(int, "the most of its memory that they may take", 1 << 30, least=1)
 
 
 @dataclass(frozen=True, slots=True)

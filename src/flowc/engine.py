@@ -91,9 +91,17 @@ class BoundResources:
                     hint=f"build one with `flowc index build FOLDER -o {path}`, "
                     f'or say where it is in flowc.toml ([index.{name}] path = "...")',
                 )
-            spec = section.embedder if section is not None else None
-            nprobe = section.nprobe if section is not None else None
-            return open_index(path, (lambda: self.embedder(spec)) if spec else None, name=name, nprobe=nprobe)
+            if section is None:
+                return open_index(path, name=name)
+            spec = section.embedder
+            return open_index(
+                path,
+                (lambda: self.embedder(spec)) if spec else None,
+                name=name,
+                nprobe=section.nprobe,
+                device=section.device,
+                device_bytes=section.device_bytes,
+            )
 
         return self._get("index", name, make)
 

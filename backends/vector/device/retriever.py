@@ -63,7 +63,10 @@ class DeviceRetriever(IVFRetriever):
         self._start(self.lists.base)
 
     def _start(self, base: Lists) -> None:
-        source = HostLists(base)
+        try:
+            source = HostLists(base)
+        except TypeError as e:
+            raise ResourceError(str(e), code="F063", hint='device = "cpu", or build with codec "fp16"') from e
         self.cache = ListCache(self.device, source, self._bytes, threads=self._threads, **self._cut)
         self.scanner = HybridScanner(source, self.cache)
         self.lookahead = Lookahead(self.cache, self._plan, self._threads)
@@ -94,8 +97,9 @@ class DeviceRetriever(IVFRetriever):
 
     def _plan(self, texts: Sequence[str]) -> list[tuple[I64, int] | None]:
         out: list[tuple[I64, int] | None] = []
-        for text, vector in zip(texts, self._embed(texts), strict=True):
-            if isinstance(vector, Exception):
+        vectors = np.asarray(self.embedder.embed(texts), dtype=np.float32)
+        for text, vector in zip(texts, vectors, strict=True):
+            if not np.isfinite(vector).all():
                 out.append(None)
                 continue
             mixed = self._found_by(text)

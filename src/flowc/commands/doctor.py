@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flowc.config import Config, load_config
+from flowc.config import Config, IndexConfig, load_config
 from flowc.ir.errors import FlowcError
 
 from .console import Failed, emit_json, many, note, table
@@ -118,7 +118,7 @@ def _gpu(deep: bool) -> Finding:
 
 def _resources(config: Config, deep: bool) -> Iterator[Finding]:
     for name, index in config.index.items():
-        yield _try(f"index {name}", lambda i=index: _index(i.path, deep))
+        yield _try(f"index {name}", lambda i=index: _index(i, deep))
     for name, embedder in config.embedder.items():
         yield _try(f"embedder {name}", lambda e=embedder: _embedder(e, deep))
     for name, llm in config.llm.items():
@@ -134,16 +134,19 @@ def _try(what: str, look: Any) -> Finding:
         return Finding(what, "wrong", f"{type(error).__name__}: {error}")
 
 
-def _index(path: Path, deep: bool) -> str:
+def _index(config: IndexConfig, deep: bool) -> str:
+    beside = "" if config.device == "cpu" else f"; clusters on {config.device}, at most {config.device_bytes:,} bytes"
     if deep:
-        from flowc.backends.vector import index_info
+        from flowc.backends.vector import index_info, open_index
 
-        found = index_info(path)
-        return f"{found.kind}, {found.count} passages, every file as it was written"
+        found = index_info(config.path)
+        if beside:
+            open_index(config.path, device=config.device, device_bytes=config.device_bytes).close()
+        return f"{found.kind}, {found.count} passages, every file as it was written{beside}"
     from flowc.backends.vector.store import read_manifest
 
-    manifest = read_manifest(path)
-    return f"{manifest.kind}, {manifest.count} passages at {path}"
+    manifest = read_manifest(config.path)
+    return f"{manifest.kind}, {manifest.count} passages at {config.path}{beside}"
 
 
 def _embedder(config: Any, deep: bool) -> str:
