@@ -11,7 +11,15 @@ from typing import Any
 import torch
 
 from flowc.ir.errors import FlowcError, ResourceError
-from flowc.runtime.protocols import BackendInfo, ChooseRequest, GenerateRequest, Generation, IsCancelled, OnText
+from flowc.runtime.protocols import (
+    BackendInfo,
+    ChooseRequest,
+    GenerateRequest,
+    Generation,
+    IsCancelled,
+    OnText,
+    Ticket,
+)
 
 from ..common import check_choice
 from ..hf import HFBackend
@@ -20,7 +28,7 @@ from ..rows import Row
 from ..sampling import pick
 from .engine import Engine
 from .model import NotPagedError, PagedModel
-from .packed import copies_fit, pack_linears
+from .packed import copies_fit
 from .policies import POLICIES
 from .sequence import Sequence as TokenSequence
 
@@ -106,6 +114,10 @@ class PagedBackend(LocalBackend):
     one call, `max_calls` the calls that may be in flight at once; their requests join the running batch. What must
     leave the cache goes in the order of `policy` (see `policies.POLICIES`), to `host_blocks` blocks of host memory.
     `pack` keeps a second copy of the linear weights in the order that the CPU reads fastest; None: where there is room.
+    `batch_invariant` makes a request's logits independent, to the last bit, of everything else; see `Engine`.
+
+    It is a `PrefixCache` too. Advice is given as text and works on tokens: the end of a prefix may be cut into other
+    tokens than in the prompt that continues it, and is then computed again. What is reused is always exact.
 
     Greedy decoding in float32 gives the tokens of `model.generate(do_sample=False)` but for exact ties. Raises
     `NotPagedError`, a `ResourceError` F067, for an architecture that the engine would run wrongly. A single request
@@ -128,6 +140,7 @@ class PagedBackend(LocalBackend):
         max_sequences: int = 32,
         host_blocks: int = 0,
         policy: str = "workflow",
+        batch_invariant: bool = False,
         pack: bool | None = None,
         revision: str | None = None,
         name: str | None = None,
@@ -140,16 +153,18 @@ class PagedBackend(LocalBackend):
         self._lock = threading.Lock()
         context = min(local.context or 1024, 1024)
         paged = PagedModel(local.model, self.name)
+        blocks = kv_blocks or max_sequences * -(-context // block_size) + 1
         is_packed = pack if pack is not None else copies_fit(local.model)
-        self.packed_layers = pack_linears(local.model) if is_packed else 0
+        self.packed_layers = paged.pack(blocks * block_size) if is_packed else 0
         self.engine = Engine(
             paged,
-            blocks=kv_blocks or max_sequences * -(-context // block_size) + 1,
+            blocks=blocks,
             block_size=block_size,
             max_step_tokens=max_step_tokens,
             max_sequences=max_sequences,
             host_blocks=host_blocks,
             policy=policy,
+            batch_invariant=batch_invariant,
             pick=_pick,
         )
 
@@ -188,7 +203,15 @@ class PagedBackend(LocalBackend):
         ends = self.local.end_tokens
         self._run(
             call,
-            [TokenSequence(list(row.ids), _Generating(row, ends, is_cancelled, call), limit=row.limit) for row in rows],
+            [
+                TokenSequence(
+                    list(row.ids),
+                    _Generating(row, ends, is_cancelled, call),
+                    ticket=row.request.ticket,
+                    limit=row.limit,
+                )
+                for row in rows
+            ],
         )
         results.update((row.item, row.result()) for row in rows)
         return [results[item] for item in range(len(requests))]
@@ -219,12 +242,24 @@ class PagedBackend(LocalBackend):
         scored: dict[int, list[tuple[_Scoring, TokenSequence]]] = {}
         for item, ids, options in asked:
             owners = [_Scoring(option, call) for option in options]
-            scored[item] = [(o, TokenSequence(ids + o.option[:-1], o, scored=len(ids))) for o in owners]
+            ticket = requests[item].ticket
+            scored[item] = [(o, TokenSequence(ids + o.option[:-1], o, ticket=ticket, scored=len(ids))) for o in owners]
         self._run(call, [sequence for pairs in scored.values() for _, sequence in pairs])
         for item, pairs in scored.items():
             failed = next((owner.error for owner, _ in pairs if owner.error is not None), None)
             results[item] = failed or max(range(len(pairs)), key=lambda i: pairs[i][1].log_probability)
         return [results[item] for item in range(len(requests))]
+
+    def prefill(self, key: Hashable, prefix: str | Sequence[int], ticket: Ticket | None = None) -> None:
+        """Computes what a prompt begins with before the prompt is known; see `PrefixCache.prefill`.
+
+        Runs behind all requests, until one of them waits for the same block: then it goes ahead with that one's turn.
+        """
+        if self._is_closed:
+            return
+        tokens = self._tokens(prefix)
+        self.engine.prefill(key, tokens if self.local.context is None else tokens[: self.local.context], ticket)
+        self.engine.start()
 
     def hint(self, key: Hashable, prefix: str | Sequence[int], steps: float) -> None:
         """Announces that `key` (say, a program and its agent) sends a prompt with this prefix in `steps` steps.
@@ -235,7 +270,7 @@ class PagedBackend(LocalBackend):
         self.engine.hint(key, self._tokens(prefix), steps)
 
     def release(self, key: Hashable) -> None:
-        """Takes an announcement back: the branch is not taken, or the program has ended."""
+        """Takes back what `hint` and `prefill` announced: the branch is not taken, or the program has ended."""
         self.engine.release(key)
 
     def pin(self, prefix: str | Sequence[int], ttl_s: float) -> None:
@@ -278,6 +313,7 @@ def open_engine(
     max_sequences: int = 32,
     host_blocks: int = 0,
     policy: str = "workflow",
+    batch_invariant: bool = False,
     pack: bool | None = None,
     revision: str | None = None,
     name: str | None = None,
@@ -294,6 +330,7 @@ def open_engine(
             max_sequences=max_sequences,
             host_blocks=host_blocks,
             policy=policy,
+            batch_invariant=batch_invariant,
             pack=pack,
         )
     except NotPagedError as refusal:

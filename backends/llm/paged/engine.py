@@ -416,6 +416,7 @@ class Engine:
             is_new = s in arrived
             if not is_new and s not in self.running:  # it gave its blocks to one before it
                 continue
+            kept = s.computed  # by a session
             if is_new:
                 if is_full:  # nobody overtakes who waits for room, or that might be for ever
                     continue
@@ -441,7 +442,7 @@ class Engine:
                 self.running.append(s)
                 self._note_computing(s, computing)
                 if not s.is_background:
-                    self.stats.reused_tokens += s.computed
+                    self.stats.reused_tokens += s.computed - kept
             batch.append((s, count))
             budget -= count
         return [(s, n) for s, n in batch if s in self.running]
@@ -697,26 +698,27 @@ class Engine:
             self._finish(s, None)
 
     def _set_aside(self, s: Sequence) -> None:
-        self._forget(s)
+        self.model.forget(s)
+        self._leave(s)
         self.idle.append(s)
 
     def _finish(self, s: Sequence, error: Exception | None) -> None:
         self._free(s)
-        self._forget(s)
+        self._leave(s)
         s.is_finished = True
         s.owner.ended(s, error)
 
-    def _forget(self, s: Sequence) -> None:
+    def _leave(self, s: Sequence) -> None:
         for group in (self.running, self.waiting, self.idle):
             if s in group:
                 group.remove(s)
 
     def _free(self, s: Sequence) -> None:
         self._cut(s, 0)
-        self.model.forget(s)
 
     def _cut(self, s: Sequence, computed: int) -> None:
         """Gives back what a sequence has computed after the first `computed` tokens. Full blocks stay cached."""
+        self.model.forget(s)
         full, used = computed // self.block_size, -(-computed // self.block_size)
         if full < used and full < len(s.nodes):
             self.pool.share(s.blocks[full])  # a part of a cached block: copied before it is written
@@ -727,7 +729,7 @@ class Engine:
     # -- sessions: asked between two steps
     def _go_on(self, s: Sequence) -> None:
         """A session at rest has something to do."""
-        self._forget(s)
+        self._leave(s)
         self.waiting.append(s)
 
     def _fork(self, s: Sequence, owner: Owner) -> Sequence:
@@ -750,6 +752,7 @@ class Engine:
         del s.tokens[len(s.tokens) - count :]
         s.prompt_tokens = min(s.prompt_tokens, len(s.tokens))
         s.until = len(s.tokens) - 1
+        s.reached = min(s.reached, s.until)
         self._cut(s, min(s.computed, s.until))
         self._set_aside(s)
 

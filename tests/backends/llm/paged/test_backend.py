@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from flowc.backends.llm.paged.backend import PagedBackend  # noqa: E402
 from flowc.backends.llm.paged.packed import PackedLinear, copies_fit, pack_linears  # noqa: E402
 from flowc.backends.llm.tiny import write_tiny_model  # noqa: E402
 from flowc.ir.errors import NodeTimeoutError, ResourceError  # noqa: E402
-from flowc.runtime.protocols import ChooseRequest, GenerateRequest, Generation, LLMBackend  # noqa: E402
+from flowc.runtime.protocols import ChooseRequest, GenerateRequest, Generation, LLMBackend, PrefixCache, Ticket  # noqa: E402
 
 pytestmark = pytest.mark.models
 PROMPTS = [
@@ -211,6 +212,26 @@ def test_announced_prompts_stay_and_come_back_from_the_host(folder: Path, plain:
     backend.close()
     with pytest.raises(ResourceError, match="unknown policy"):
         PagedBackend(folder, policy="fifo")
+
+
+def test_a_prefix_is_computed_before_its_prompt_is_known(folder: Path, plain: HFBackend) -> None:
+    backend = PagedBackend(folder, device="cpu", block_size=4)
+    assert isinstance(backend, PrefixCache)
+    system = "You are a careful reviewer of Python code. Answer in one wor"  # cut otherwise than in the whole prompt
+    asked = GenerateRequest(f"{system}d. {PROMPTS[0]}", max_tokens=6, ticket=Ticket(1, 2.0))
+    backend.prefill("site", system, Ticket(1))
+    whole = len(backend.local.encode(system)) // 4 * 4
+    deadline = time.monotonic() + 30
+    while backend.engine.stats.prefill_tokens < whole and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert list(backend.generate([asked])) == list(plain.generate([asked]))
+    assert 0 < backend.engine.stats.reused_tokens <= whole
+    backend.release("site")
+    backend.prefill("", "")
+    backend.close()
+    for advise in (backend.prefill, lambda key, text: backend.hint(key, text, 1), lambda _, text: backend.pin(text, 1)):
+        advise("late", system)
+    backend.release("late")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
