@@ -16,7 +16,7 @@ from typing import Any
 from flowc.ir.errors import RunError
 
 from .driver import Driver, Interrupted, in_other_thread
-from .lanes import Answer, Lane, ThreadPool
+from .lanes import Answer, Lane, ThreadPool, make_lane
 from .plan import Plan
 from .program import LaneItem, Outcome, Program
 from .reference import Resources, find_backend
@@ -401,7 +401,8 @@ class Runtime:
                 raise RunError("the runtime is closed")
             lane = self._lanes.get((kind, name))
             if lane is None:
-                lane = self._lanes[kind, name] = Lane(kind, name, find_backend(self.resources, kind, name), self.name)
+                backend = find_backend(self.resources, kind, name)
+                lane = self._lanes[kind, name] = make_lane(kind, name, backend, self.name)
         return lane
 
     def known_lane(self, kind: str, name: str) -> Lane | None:

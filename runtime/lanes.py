@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
-from time import monotonic
-from typing import Any
+from time import monotonic, perf_counter
+from typing import Any, NamedTuple
 
 from flowc.ir.errors import FlowcError, RunError
 
 from .program import LaneItem
+from .protocols import ScanBudget
 from .requests import batch_key_of
 from .symbols import is_async_callable
 
@@ -206,9 +208,13 @@ class Lane:
             del batch  # an idle worker keeps nothing alive
 
     def _answer(self, batch: list[LaneItem]) -> None:
-        """Serves a batch; each driver gets its answers in one message."""
+        """Serves a batch."""
+        self._post(self._serve(batch))
+
+    def _post(self, answers: list[Answer]) -> None:
+        """Each driver gets its answers in one message."""
         posts: dict[Any, list[Answer]] = {}
-        for answer in self._serve(batch):
+        for answer in answers:
             posts.setdefault(answer[0].driver, []).append(answer)
         for driver, answers in posts.items():
             driver.post(answers)
@@ -226,6 +232,176 @@ class Lane:
                 answers = [(item, False, _own(error)) for item in batch]
         note_batch(batch, self.label, method, start, monotonic())
         return answers
+
+
+class Under(NamedTuple):
+    """A search under way in an `ElasticLane`: the item that asked for it, the index's state, and when it began."""
+
+    item: LaneItem
+    search: Any
+    start_s: float
+
+
+class SubStages:
+    """How long one step of all searches under way may take: what splitting saves in waiting against what it costs.
+
+    A search that comes while others run waits for the step and not for their end: steps of mb seconds save
+    (t_R - mb) / 2 on average and cost beta each, best at mb = sqrt(2 * beta * t_R), which pays if t_R > 8 * beta.
+    Source: HedraRAG, equation 1, with the overhead subtracted. `t_R`, a search's seconds from its first step to its
+    last, and `beta`, a step's seconds beyond what it was given, are measured as they come.
+    """
+
+    def __init__(self) -> None:
+        self.search_s = 0.0
+        self.overhead_s = 0.0
+
+    @property
+    def pays(self) -> bool:
+        return self.search_s > 8 * self.overhead_s > 0
+
+    @property
+    def step_s(self) -> float:
+        return math.sqrt(2 * self.overhead_s * self.search_s)
+
+    def took(self, whole_s: float, given_s: float) -> None:
+        """A step took so long, scanning for what it was given."""
+        self.overhead_s = _towards(self.overhead_s, max(0.0, whole_s - given_s))
+
+    def ended(self, seconds: float) -> None:
+        """A search was under way for so long."""
+        self.search_s = _towards(self.search_s, seconds)
+
+
+def _towards(mean: float, x: float) -> float:
+    return x if not mean else 0.9 * mean + 0.1 * x
+
+
+class ElasticLane(Lane):
+    """The lane of an index whose searches run a step at a time.
+
+    Searches join between steps and leave when they are done, each with its own answer at once; one that is cancelled is
+    dropped before the next step. Who waits for a part of a search gets it as soon as the index says that it is likely
+    enough to be the whole.
+    """
+
+    def __init__(self, kind: str, name: str, backend: Any, runtime_name: str = "flowc") -> None:
+        super().__init__(kind, name, backend, runtime_name)
+        self.max_calls = 1  # the steps are the calls
+        self.pace = SubStages()
+        self._confidence = getattr(backend, "confidence", None)
+
+    def _work(self) -> None:
+        under: list[Under] = []
+        while True:
+            with self._ready:
+                while not self._queue and not under and not self._is_closed:
+                    self._waiting += 1
+                    self._ready.wait()
+                    self._waiting -= 1
+                if self._is_closed and not under:
+                    return
+                fresh: list[LaneItem] = []
+                while self._queue and len(fresh) + len(under) < self.max_batch:
+                    fresh += next_wavefront(self._queue, self.max_batch - len(under) - len(fresh))
+                self._in_calls = len(fresh) + len(under)
+            under = self._step(under, fresh)
+            del fresh
+
+    def _step(self, under: list[Under], fresh: list[LaneItem]) -> list[Under]:
+        """Begins what has come and scans on for one step. Gives what is still under way."""
+        answers: list[Answer] = []
+        under = [*under, *self._begin(fresh, answers)] if fresh else under
+        entered_s = perf_counter()
+        for one in under:
+            if one.item.dead:
+                one.search.cancel()
+        under = [one for one in under if not one.item.dead]
+        waits = self._confidence is not None and any(self._listeners(one) for one in under)
+        step_s = self.pace.step_s if self.pace.pays or waits else None
+        scan_s = perf_counter()
+        try:
+            self.backend.scan([one.search for one in under], None if step_s is None else ScanBudget(seconds=step_s))
+        except BaseException as error:
+            under = self._one_by_one(under, error, answers)
+        scanned_s = perf_counter()
+        left = [one for one in under if not one.search.done]
+        ended = [one for one in under if one.search.done]
+        for one in ended:
+            try:
+                answers.append((one.item, True, self.backend.finish(one.search)))
+            except BaseException as error:
+                answers.append((one.item, False, error))
+        self._note(ended)
+        self._post(answers)
+        for one in left:
+            self._offer(one)
+        if under:
+            given_s = scanned_s - scan_s if step_s is None else min(step_s, scanned_s - scan_s)
+            self.pace.took(perf_counter() - entered_s, given_s)
+        return left
+
+    def _begin(self, fresh: list[LaneItem], answers: list[Answer]) -> list[Under]:
+        start_s = monotonic()
+        try:
+            begun = _pair(fresh, self.backend.begin([item.request for item in fresh]), self.name)
+        except BaseException as error:
+            if _may_be_one_items_fault(error, fresh):
+                return [one for item in fresh for one in self._begin([item], answers)]
+            begun = [(item, False, _own(error)) for item in fresh]
+        answers += [answer for answer in begun if not answer[1]]
+        return [Under(item, search, start_s) for item, ok, search in begun if ok]
+
+    def _one_by_one(self, under: list[Under], error: BaseException, answers: list[Answer]) -> list[Under]:
+        """After a step failed as a whole: those that can be run alone."""
+        alone = len(under) > 1 and isinstance(error, Exception)
+        good = []
+        for one in under:
+            failed: BaseException | None = error
+            if alone:
+                try:
+                    self.backend.scan([one.search])
+                    failed = None
+                except BaseException as e:
+                    failed = e
+            if failed is None:
+                good.append(one)
+            else:
+                answers.append((one.item, False, _own(failed)))
+        return good
+
+    def _listeners(self, one: Under) -> list[tuple[Any, float]]:
+        searching = one.item.searching
+        return [] if searching is None else [pair for pair in searching.partials if not pair[0].dead]
+
+    def _offer(self, one: Under) -> None:
+        """Answers those who wait for a part of a search, if it is good enough for them."""
+        waiting = self._listeners(one)
+        if not waiting or self._confidence is None:
+            return
+        try:
+            likely = self._confidence(one.search)
+            docs = self.backend.partial(one.search) if any(likely >= least for _, least in waiting) else None
+        except Exception:
+            return  # a guess: they get the whole
+        for handle, least in waiting:
+            if likely >= least:
+                handle.driver.post([(handle, True, docs)])
+
+    def _note(self, ended: list[Under]) -> None:
+        end_s = monotonic()
+        starts: dict[float, list[LaneItem]] = {}
+        for one in ended:
+            self.pace.ended(end_s - one.start_s)
+            starts.setdefault(one.start_s, []).append(one.item)
+        for start_s, items in starts.items():
+            note_batch(items, self.label, "search", start_s, end_s)
+
+
+def make_lane(kind: str, name: str, backend: Any, runtime_name: str = "flowc") -> Lane:
+    """The lane for a backend: one that works step by step where the backend's searches do."""
+    methods = [getattr(backend, m, None) for m in ("begin", "scan", "partial", "finish")]
+    is_elastic = kind == "search" and all(map(callable, methods)) and not any(map(is_async_callable, methods))
+    return (ElasticLane if is_elastic else Lane)(kind, name, backend, runtime_name)
 
 
 class LoopLane:
