@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from flowc.backends.llm.paged.engine import Engine  # noqa: E402
-from flowc.backends.llm.paged.model import PagedModel  # noqa: E402
+from flowc.backends.llm.paged.model import NotPagedError, PagedModel  # noqa: E402
 from flowc.backends.llm.paged.sequence import Sequence  # noqa: E402
 from flowc.ir.errors import ResourceError  # noqa: E402
 from flowc.runtime.protocols import Ticket  # noqa: E402
@@ -53,10 +53,27 @@ ARCHITECTURES = {
     "gemma3": _config("Gemma3TextConfig", **WINDOW, query_pre_attn_scalar=8),
     "phi3": _config("Phi3Config"),
     "gpt_oss": _config("GptOssConfig", **WINDOW, **MOE),
+    "olmo": _config("OlmoConfig", clip_qkv=0.5),
     "olmo2": _config("Olmo2Config"),
     "granite": _config("GraniteConfig"),
     "mixtral": _config("MixtralConfig", **MOE),
+    "qwen2_moe": _config("Qwen2MoeConfig", **MOE, shared_expert_intermediate_size=24),
     "qwen3_moe": _config("Qwen3MoeConfig", **MOE),
+    "granite_moe": _config("GraniteMoeConfig", **MOE),
+    "deepseek_v3": _config(  # latent attention, expanded: keys are wider than values
+        "DeepseekV3Config",
+        **MOE,
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=1,
+    ),
     "llama_yarn": _config("LlamaConfig", rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
 }
 
@@ -248,21 +265,48 @@ def test_what_cannot_fit_is_an_error_of_its_own() -> None:
     assert owner(small).tokens == expected[1][:4]
 
 
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (lambda: transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4), "ALiBi"),
-        (
-            lambda: transformers.FalconConfig(
-                vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
-            ),
-            "mask",
-        ),
-        (lambda: transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2), "recurrent"),
-        (_config("LlamaConfig", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "longest"),
-    ],
-)
-def test_architectures_that_would_be_wrong_are_refused(config: Any, reason: str) -> None:
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [2.0] * 4, "short_factor": [1.0] * 4}
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "bloom": (lambda: transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4), "ALiBi"),
+    "falcon": (
+        lambda: transformers.FalconConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+        "only through a mask",
+    ),
+    "mpt": (lambda: transformers.MptConfig(vocab_size=VOCAB, d_model=32, n_heads=4, n_layers=2), "ALiBi"),
+    "mamba": (
+        lambda: transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2),
+        "recurrent state",
+    ),
+    "qwen3_next": (
+        _config("Qwen3NextConfig", **MOE, layer_types=["linear_attention", "full_attention"]),
+        "recurrent state|linear_attention",
+    ),
+    "llama4": (
+        _config("Llama4TextConfig", **MOE, attention_chunk_size=8, intermediate_size_mlp=48),
+        "chunked",
+    ),
+    "gptj": (
+        lambda: transformers.GPTJConfig(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, rotary_dim=8),
+        "0 of its 2 layers use transformers' attention interface",
+    ),
+    "dynamic rope": (
+        _config("LlamaConfig", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        "longest sequence of a step",
+    ),
+    "longrope": (
+        _config("Phi3Config", rope_parameters=LONG, original_max_position_embeddings=64),
+        "longest sequence of a step",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_architectures_that_would_be_wrong_are_refused(name: str) -> None:
+    config, reason = REFUSED[name]
     model = transformers.AutoModelForCausalLM.from_config(config()).eval()
-    with pytest.raises(ResourceError, match=reason):
-        PagedModel(model, "refused")
+    before = model.config._attn_implementation
+    with pytest.raises(NotPagedError, match=reason) as refusal:
+        PagedModel(model, name)
+    assert refusal.value.code == "F067"
+    assert name in refusal.value.message
+    assert model.config._attn_implementation == before

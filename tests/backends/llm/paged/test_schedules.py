@@ -107,7 +107,10 @@ class Play:
                 self.tickets[a % 3].priority = float(b % 5)
             case 5:
                 tokens = prompt(a, b)
-                (engine.prefill, engine.hint)[b % 2](a % 3, tokens, *((b % 4,) if b % 2 else (ticket,)))  # type: ignore[operator]
+                if b % 2:
+                    engine.hint(a % 3, tokens, b % 4)
+                else:
+                    engine.prefill(a % 3, tokens, ticket)
             case 6 if b % 2:
                 engine.release(a % 3)
             case 6:

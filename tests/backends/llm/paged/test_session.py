@@ -78,7 +78,7 @@ def test_stages_pauses_forks_and_rollbacks_are_token_exact(name: str) -> None:
 
 
 def test_copies_kept_for_decoding_go_back_too() -> None:
-    """Rolled back to its first token a session finds the rest in the tree: what was decoded before must be forgotten."""
+    """Rolled back to its first token a session finds the rest in the tree: what it decoded must be forgotten."""
     model, prompts, expected = reference("llama")
     paged = PagedModel(copy.deepcopy(model), "packed")
     assert paged.pack(1000)
