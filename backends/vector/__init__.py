@@ -5,6 +5,7 @@ Importing this package loads neither numpy nor faiss; building and opening do.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,9 +22,13 @@ if TYPE_CHECKING:
 
     from .bm25 import BM25Retriever
     from .device.devices import Device
+    from .graph import GraphRetriever
+    from .hybrid import Fusion, HybridRetriever
     from .info import IndexInfo
     from .ivf import IVFRetriever
     from .store import Manifest
+
+    AnyIndex = IVFRetriever | GraphRetriever | BM25Retriever | HybridRetriever
 
 __all__ = ["Passage", "Reading", "build_index", "index_info", "open_index", "read_jsonl", "read_passages"]
 
@@ -33,12 +38,13 @@ def build_index(
     embedder: Embedder | None,
     out: str | os.PathLike[str],
     *,
-    kind: Literal["auto", "flat", "ivf", "bm25"] = "auto",
+    kind: Literal["auto", "flat", "ivf", "hnsw", "bm25", "hybrid"] = "auto",
     nlist: int | None = None,
     nprobe: int | None = None,
     codec: Literal["fp16", "fp32", "sq8"] = "fp16",
     metric: Literal["cosine", "inner_product", "l2"] = "cosine",
     vectors: npt.NDArray[np.floating[Any]] | None = None,
+    fusion: Fusion | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     threads: int | None = None,
 ) -> Manifest:
@@ -46,7 +52,8 @@ def build_index(
 
     A passage's id is its position. Without an embedder the index is a BM25 index of words; with one it is an index of
     vectors: flat below 50,000 passages, inverted lists (FAISS IVF) above or if `nlist` is given, with `nprobe` measured
-    on excerpts of the passages. `vectors`, of shape (len(passages), embedder.dim), spares the embedding: they must come
+    on excerpts of the passages. "hnsw" is a graph; "hybrid" searches words and vectors, and joins them by `fusion`
+    (`flowc.backends.vector.hybrid`). `vectors`, of shape (len(passages), embedder.dim), spares the embedding: they must come
     from `embedder`, whose fingerprint they are stored under. Vectors are scored by `metric`: "cosine" normalises them,
     "inner_product" takes them as they are, and "l2" scores the negative squared distance. `progress` is called with
     (stage, done, total).
@@ -68,12 +75,20 @@ def build_index(
             return build_bm25(items, out, reason=reason, progress=progress)
         if embedder is None:
             raise ResourceError(f"an index of kind {kind!r} needs an embedder", code="F063", hint='or kind="bm25"')
-        if kind not in ("auto", "flat", "ivf"):
-            raise ResourceError(f"unknown kind of index {kind!r}", code="F063", hint='"auto", "flat", "ivf" or "bm25"')
+        if kind not in ("auto", "flat", "ivf", "hnsw", "hybrid"):
+            hint = '"auto", "flat", "ivf", "hnsw", "bm25" or "hybrid"'
+            raise ResourceError(f"unknown kind of index {kind!r}", code="F063", hint=hint)
         from .ivf import build_vectors, plan_index
 
+        fused = None
+        if kind == "hybrid":
+            from .hybrid import Fusion
+
+            kind, fused = "auto", dataclasses.asdict(fusion or Fusion())
         plan = plan_index(len(items), embedder.dim, kind=kind, nlist=nlist, nprobe=nprobe, codec=codec, metric=metric)
-        return build_vectors(items, embedder, out, plan=plan, vectors=vectors, progress=progress, threads=threads)
+        return build_vectors(
+            items, embedder, out, plan=plan, vectors=vectors, progress=progress, threads=threads, fusion=fused
+        )
     except ImportError as e:
         raise _not_installed(e) from e
 
@@ -84,16 +99,17 @@ def open_index(
     *,
     name: str | None = None,
     nprobe: int | None = None,
+    fusion: Fusion | None = None,
     verify: bool = False,
     device: str | Device = "cpu",
     device_bytes: int = 1 << 30,
-) -> IVFRetriever | BM25Retriever:
+) -> AnyIndex:
     """The index at `path`, mapped, not read: opening takes milliseconds whatever its size.
 
     Sizes of all files are always checked, their SHA-256 with `verify`. Without an embedder the one that the index was
-    made with is opened at the first search by text. `nprobe` stands in for the index's own. On a `device` ("cuda",
-    "cuda:1", "simulated", or a `flowc.backends.vector.device.devices.Device`) up to `device_bytes` of the lists in
-    demand are kept and scanned; results stay what they are. Raises `ResourceError`: F060 no such device, F061 no index
+    made with is opened at the first search by text. `nprobe`, and for a hybrid index `fusion`, stand in for the index's
+    own. On a `device` ("cuda", "cuda:1", "simulated", or a `flowc.backends.vector.device.devices.Device`) up to
+    `device_bytes` of the lists in demand are kept and scanned; results stay what they are. Raises `ResourceError`: F060 no such device, F061 no index
     there, F062 damaged, F063 the embedder is another one than the index was made with, or a device cannot hold it.
     """
     try:
@@ -102,7 +118,7 @@ def open_index(
         for attempt in range(10):
             manifest = read_manifest(path)
             try:
-                return _open(path, manifest, embedder, name, nprobe, verify, device, device_bytes)
+                return _open(path, manifest, embedder, name, nprobe, fusion, verify, device, device_bytes)
             except ResourceError as e:
                 # A build may have replaced the index between the two reads: then the manifest has moved on (or, after
                 # two builds, is back where it was). What does not move is damaged.
@@ -120,10 +136,11 @@ def _open(
     embedder: Embedder | Callable[[], Embedder] | None,
     name: str | None,
     nprobe: int | None,
+    fusion: Fusion | None,
     verify: bool,
     device: str | Device,
     device_bytes: int,
-) -> IVFRetriever | BM25Retriever:
+) -> AnyIndex:
     if manifest.kind == "bm25":
         from .bm25 import BM25Retriever
 
@@ -138,6 +155,17 @@ def _open(
     assert manifest.embedder is not None
     spec = manifest.embedder.spec
     embedder = embedder or (lambda: open_embedder(spec))
+    if manifest.kind in ("hybrid", "hnsw") and device != "cpu":
+        hint = 'device = "cpu", or an index of kind "ivf"'
+        raise ResourceError(f"an index of kind {manifest.kind} has no lists for a device", code="F063", hint=hint)
+    if manifest.kind == "hybrid":
+        from .hybrid import HybridRetriever
+
+        return HybridRetriever(path, manifest, embedder, name=name, nprobe=nprobe, fusion=fusion, verify=verify)
+    if manifest.kind == "hnsw":
+        from .graph import GraphRetriever
+
+        return GraphRetriever(path, manifest, embedder, name=name, nprobe=nprobe, verify=verify)
     if device == "cpu":
         return IVFRetriever(path, manifest, embedder, name=name, nprobe=nprobe, verify=verify)
     from .device.retriever import DeviceRetriever, open_device
@@ -169,4 +197,6 @@ def index_info(
 
 
 def _not_installed(error: ImportError) -> ResourceError:
+    if (error.name or "").startswith("flowc"):
+        raise error  # a fault of ours, which no installation mends
     return ResourceError(f"the package {error.name} is not installed", code="F060", hint="pip install 'flowc[local]'")
