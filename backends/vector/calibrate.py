@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .confidence import fit_confidence
 from .scan import F32, Lists
 
 __all__ = ["EPS", "RULE", "calibrate", "stopping_gap"]
@@ -79,7 +80,7 @@ def calibrate(lists: Lists, queries: npt.NDArray[np.float32], nprobe: int) -> di
     """The gaps for each k, nprobe and eps, from every other query, and what they did to the others, as plain values.
 
     A row's `changed` is the share of the held-out queries whose best k changed, `lists` the share of lists they took.
-    Rows are left out where there are too few queries for their eps.
+    Rows are left out where there are too few queries for their eps. `confidence` is what `confidence_of` takes.
     """
     probes = sorted({min(n * nprobe, lists.nlist) for n in _WIDER})
     traces = [_trace(lists, query, probes[-1]) for query in queries]
@@ -106,7 +107,14 @@ def calibrate(lists: Lists, queries: npt.NDArray[np.float32], nprobe: int) -> di
                         "lists": round(float(np.mean(stops)) / probed, 4),
                     }
                 )
-    return {"rule": RULE, "calibrated_on": len(seen), "held_out": len(held_out), "rows": rows}
+    confidence = fit_confidence(seen, held_out, _KS, probes)
+    return {
+        "rule": RULE,
+        "calibrated_on": len(seen),
+        "held_out": len(held_out),
+        "rows": rows,
+        "confidence": confidence,
+    }
 
 
 def stopping_gap(calibration: Mapping[str, Any], k: int, nprobe: int, eps: float) -> tuple[int, float] | None:

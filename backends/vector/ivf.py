@@ -27,6 +27,7 @@ from flowc.runtime.protocols import Bounded, Budget, Embedder, ScanBudget, Searc
 
 from .calibrate import calibrate, stopping_gap
 from .columns import Columns
+from .confidence import confidence_of, put_first
 from .delta import INDEX_FILE, Epoch, Main, Updates, saved_epoch, write_faiss
 from .documents import Passage, embedded_text
 from .scan import F32, I64, Lists, ListSearch, Selection, load_faiss
@@ -517,7 +518,11 @@ class IVFRetriever:
                 found = stopping_gap(self.manifest.calibration, request.k, nprobes[n], request.stop.eps)
                 if found is not None:
                     ks[n], gaps[n] = found
-        return epoch.begin_many(vectors, ks, nprobes, requests, budgets, gaps, only)
+        begun = epoch.begin_many(vectors, ks, nprobes, requests, budgets, gaps, only)
+        for request, search in zip(requests, begun, strict=True):
+            if request.near and request.stop is None:
+                put_first(search, request.near)
+        return begun
 
     def _probes(self, epoch: Epoch, request: SearchRequest, only: Selection | None) -> int:
         """How many lists a search probes: all that hold a match where few match, else the more the fewer match."""
@@ -554,6 +559,10 @@ class IVFRetriever:
     def partial(self, search: ListSearch) -> Docs:
         """The exact best k passages of the lists that the search has scanned."""
         return self._docs(search, *search.of.best(search))
+
+    def confidence(self, search: ListSearch) -> float:
+        """The probability that what `partial` gives is the result, as calibrated when the index was built."""
+        return confidence_of(self.manifest.calibration, search)
 
     def finish(self, search: ListSearch) -> Docs:
         """The search's result, after scanning what is left of it. Raises `CancelledError` if it was cancelled."""

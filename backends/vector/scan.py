@@ -33,6 +33,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -1048,6 +1049,21 @@ class Lists:
         size, lists = int(self.sizes[number]), self._index.invlists
         codes = self._faiss.rev_swig_ptr(lists.get_codes(number), size * lists.code_size)
         return codes.reshape(size, lists.code_size), self._faiss.rev_swig_ptr(lists.get_ids(number), size)
+
+    @cached_property
+    def _clusters(self) -> npt.NDArray[np.int32]:
+        """Of each id the cluster, -1 for those that are not here."""
+        held = [(n, self.stored(n)[1]) for n in np.flatnonzero(self.sizes).tolist()]
+        out = np.full(max((int(ids.max()) for _, ids in held), default=-1) + 1, -1, dtype=np.int32)
+        for number, ids in held:
+            out[ids] = number
+        return out
+
+    def clusters_of(self, ids: I64) -> I64:
+        """The clusters of these passages, each once; of those in part 0."""
+        known = self.base._clusters
+        found = np.unique(known[ids[(ids >= 0) & (ids < len(known))]]).astype(np.int64)
+        return found[found >= 0]
 
     def decode(self, number: int, offset: int) -> F32:
         """The vector at a place of a list, as the scanner sees it."""
