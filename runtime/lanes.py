@@ -248,7 +248,8 @@ class SubStages:
     A search that comes while others run waits for the step and not for their end: steps of mb seconds save
     (t_R - mb) / 2 on average and cost beta each, best at mb = sqrt(2 * beta * t_R), which pays if t_R > 8 * beta.
     Source: HedraRAG, equation 1, with the overhead subtracted. `t_R`, a search's seconds from its first step to its
-    last, and `beta`, a step's seconds beyond what it was given, are measured as they come.
+    last, and `beta`, a step's seconds beyond what it was given, are measured as they come; before any search was split,
+    beta is what a step takes besides scanning.
     """
 
     def __init__(self) -> None:
@@ -263,9 +264,10 @@ class SubStages:
     def step_s(self) -> float:
         return math.sqrt(2 * self.overhead_s * self.search_s)
 
-    def took(self, whole_s: float, given_s: float) -> None:
-        """A step took so long, scanning for what it was given."""
-        self.overhead_s = _towards(self.overhead_s, max(0.0, whole_s - given_s))
+    def took(self, beyond_s: float, is_split: bool) -> None:
+        """A step took so much longer than it was given."""
+        if is_split or not self.overhead_s:
+            self.overhead_s = _towards(self.overhead_s, max(0.0, beyond_s))
 
     def ended(self, seconds: float) -> None:
         """A search was under way for so long."""
@@ -281,7 +283,8 @@ class ElasticLane(Lane):
 
     Searches join between steps and leave when they are done, each with its own answer at once; one that is cancelled is
     dropped before the next step. Who waits for a part of a search gets it as soon as the index says that it is likely
-    enough to be the whole.
+    enough to be the whole. Where all are plain `search`es the step is the whole: they are equally long, and taking turns
+    would make every one of them late.
     """
 
     def __init__(self, kind: str, name: str, backend: Any, runtime_name: str = "flowc") -> None:
@@ -316,14 +319,15 @@ class ElasticLane(Lane):
             if one.item.dead:
                 one.search.cancel()
         under = [one for one in under if not one.item.dead]
-        waits = self._confidence is not None and any(self._listeners(one) for one in under)
-        step_s = self.pace.step_s if self.pace.pays or waits else None
+        in_pieces = [one for one in under if one.item.searching is not None]
+        waits = self._confidence is not None and any(self._listeners(one) for one in in_pieces)
+        step_s = self.pace.step_s if waits or (in_pieces and self.pace.pays) else None
         scan_s = perf_counter()
         try:
             self.backend.scan([one.search for one in under], None if step_s is None else ScanBudget(seconds=step_s))
         except BaseException as error:
             under = self._one_by_one(under, error, answers)
-        scanned_s = perf_counter()
+        took_s = perf_counter() - scan_s
         left = [one for one in under if not one.search.done]
         ended = [one for one in under if one.search.done]
         for one in ended:
@@ -333,11 +337,12 @@ class ElasticLane(Lane):
                 answers.append((one.item, False, error))
         self._note(ended)
         self._post(answers)
+        offered_s = perf_counter()
         for one in left:
             self._offer(one)
         if under:
-            given_s = scanned_s - scan_s if step_s is None else min(step_s, scanned_s - scan_s)
-            self.pace.took(perf_counter() - entered_s, given_s)
+            beyond_s = 0.0 if step_s is None or not left else took_s - step_s
+            self.pace.took(scan_s - entered_s + beyond_s + perf_counter() - offered_s, bool(left))
         return left
 
     def _begin(self, fresh: list[LaneItem], answers: list[Answer]) -> list[Under]:

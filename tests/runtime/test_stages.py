@@ -317,8 +317,10 @@ def test_a_cancelled_search_is_dropped_before_the_next_step() -> None:
 def test_what_splitting_costs_and_saves() -> None:
     pace = SubStages()
     assert not pace.pays
+    pace.took(1e-5, is_split=False)
     for _ in range(100):
-        pace.took(0.0022, 0.002)
+        pace.took(0.0002, is_split=True)
+        pace.took(1e-5, is_split=False)
         pace.ended(0.04)
     assert pace.pays
     assert pace.step_s == pytest.approx((2 * 0.0002 * 0.04) ** 0.5, rel=0.01)
