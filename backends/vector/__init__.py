@@ -53,10 +53,12 @@ def build_index(
     A passage's id is its position. Without an embedder the index is a BM25 index of words; with one it is an index of
     vectors: flat below 50,000 passages, inverted lists (FAISS IVF) above or if `nlist` is given, with `nprobe` measured
     on excerpts of the passages. "hnsw" is a graph; "hybrid" searches words and vectors, and joins them by `fusion`
-    (`flowc.backends.vector.hybrid`). `vectors`, of shape (len(passages), embedder.dim), spares the embedding: they must come
-    from `embedder`, whose fingerprint they are stored under. Vectors are scored by `metric`: "cosine" normalises them,
-    "inner_product" takes them as they are, and "l2" scores the negative squared distance. `progress` is called with
-    (stage, done, total).
+    (`flowc.backends.vector.hybrid`).
+
+    `vectors`, of shape (len(passages), embedder.dim), spares the embedding: they must come from `embedder`, whose
+    fingerprint they are stored under. They are scored by `metric`: "cosine" normalises them, "inner_product" takes them
+    as they are, "l2" scores the negative squared distance. `codec` "sq8" halves "fp16" once more, at a little recall.
+    `progress` is called with (stage, done, total).
 
     The save is atomic: an index that was at `out` stays whole until the new one is on the disk, and readers that have
     it open keep it. Raises `ResourceError`: F060 nothing to index, or `out` cannot be written (disk full, not an index,
@@ -109,8 +111,9 @@ def open_index(
     Sizes of all files are always checked, their SHA-256 with `verify`. Without an embedder the one that the index was
     made with is opened at the first search by text. `nprobe`, and for a hybrid index `fusion`, stand in for the index's
     own. On a `device` ("cuda", "cuda:1", "simulated", or a `flowc.backends.vector.device.devices.Device`) up to
-    `device_bytes` of the lists in demand are kept and scanned; results stay what they are. Raises `ResourceError`: F060 no such device, F061 no index
-    there, F062 damaged, F063 the embedder is another one than the index was made with, or a device cannot hold it.
+    `device_bytes` of the lists in demand are kept and scanned; results stay what they are. Raises `ResourceError`: F060
+    no such device, F061 no index there, F062 damaged, F063 the embedder is another one than the index was made with, or
+    a device cannot hold it.
     """
     try:
         from .store import read_manifest

@@ -24,17 +24,20 @@ import numpy.typing as npt
 
 from flowc.backends.embed.hashing import stem
 from flowc.ir.errors import FlowcError, ResourceError
+from flowc.ir.options import as_where
 from flowc.ir.values import Docs
 from flowc.runtime.protocols import ScanBudget, SearchRequest
 
+from .columns import Columns, Mask
 from .documents import Passage, embedded_text
-from .ivf import check_request
+from .encoding import check_request
 from .store import IndexWriter, Manifest, PassageStore, check_files, damaged
 
-__all__ = ["BM25Retriever", "WordSearch", "build_bm25", "words_of"]
+__all__ = ["WORD_SETTINGS", "BM25Retriever", "WordSearch", "build_bm25", "words_of", "write_words"]
 
 K1 = 1.2
 B = 0.75
+WORD_SETTINGS = {"k1": K1, "b": B, "words": "{title}: {text}"}
 _TOKEN = re.compile(r"\w+(?:[._-]\w+)*")
 _PART = re.compile(r"[^\W_]+")
 # Chinese, Japanese kana and Thai run words together: pairs of neighbouring letters stand for words.
@@ -66,48 +69,56 @@ def build_bm25(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Manifest:
     """Builds and saves a BM25 index; see `flowc.backends.vector.build_index`."""
-    count = len(passages)
     with IndexWriter(out) as writer:
-        numbers: dict[str, int] = {}
-        term_of, passage_of, times = array("i"), array("i"), array("i")
-        lengths = np.zeros(count, dtype=np.float64)
-        for at, passage in enumerate(passages):
-            words = words_of(embedded_text(passage))
-            lengths[at] = len(words)
-            for word, n in Counter(words).items():
-                term_of.append(numbers.setdefault(word, len(numbers)))
-                passage_of.append(at)
-                times.append(n)
-            if progress is not None and (at % 1000 == 999 or at == count - 1):
-                progress("words", at + 1, count)
-        vocabulary = sorted(numbers)
-        rank = np.empty(len(vocabulary), dtype=np.int64)  # terms in order of their spelling, not of their first use
-        rank[[numbers[word] for word in vocabulary]] = np.arange(len(vocabulary))
-        terms = rank[np.frombuffer(term_of, dtype=np.int32)] if len(term_of) else np.empty(0, dtype=np.int64)
-        docs = np.frombuffer(passage_of, dtype=np.int32) if len(passage_of) else np.empty(0, dtype=np.int32)
-        tf = np.frombuffer(times, dtype=np.int32).astype(np.float64) if len(times) else np.empty(0)
-        order = np.lexsort((docs, terms))
-        terms, docs, tf = terms[order], docs[order], tf[order]
-        df = np.bincount(terms, minlength=len(vocabulary)).astype(np.float64)
-        starts = np.concatenate([[0], np.cumsum(df)]).astype(np.int64)
-        idf = np.log1p((count - df + 0.5) / (df + 0.5))
-        norm = K1 * (1 - B + B * lengths / max(1.0, float(lengths.mean())))
-        weights = (idf[terms] * tf * (K1 + 1) / (tf + norm[docs])).astype(np.float32)
+        terms = write_words(writer, passages, progress)
         writer.passages(passages)
-        with writer.file("terms.txt") as stream:
-            stream.write("\n".join(vocabulary).encode("utf-8", "replace"))
-        writer.array("starts.npy", starts)
-        writer.array("docs.npy", docs.astype(np.int32))
-        writer.array("weights.npy", weights)
         return writer.commit(
             Manifest(
                 kind="bm25",
-                count=count,
+                count=len(passages),
                 metric="bm25",
-                settings={"k1": K1, "b": B, "terms": len(vocabulary), "words": "{title}: {text}"},
+                settings={**WORD_SETTINGS, "terms": terms},
                 reasons=(f"bm25: {reason}",),
             )
         )
+
+
+def write_words(
+    writer: IndexWriter, passages: Sequence[Passage], progress: Callable[[str, int, int], None] | None = None
+) -> int:
+    """The word lists of the passages as files of an index; returns how many words there are."""
+    count = len(passages)
+    numbers: dict[str, int] = {}
+    term_of, passage_of, times = array("i"), array("i"), array("i")
+    lengths = np.zeros(count, dtype=np.float64)
+    for at, passage in enumerate(passages):
+        words = words_of(embedded_text(passage))
+        lengths[at] = len(words)
+        for word, n in Counter(words).items():
+            term_of.append(numbers.setdefault(word, len(numbers)))
+            passage_of.append(at)
+            times.append(n)
+        if progress is not None and (at % 1000 == 999 or at == count - 1):
+            progress("words", at + 1, count)
+    vocabulary = sorted(numbers)
+    rank = np.empty(len(vocabulary), dtype=np.int64)  # terms in order of their spelling, not of their first use
+    rank[[numbers[word] for word in vocabulary]] = np.arange(len(vocabulary))
+    terms = rank[np.frombuffer(term_of, dtype=np.int32)] if len(term_of) else np.empty(0, dtype=np.int64)
+    docs = np.frombuffer(passage_of, dtype=np.int32) if len(passage_of) else np.empty(0, dtype=np.int32)
+    tf = np.frombuffer(times, dtype=np.int32).astype(np.float64) if len(times) else np.empty(0)
+    order = np.lexsort((docs, terms))
+    terms, docs, tf = terms[order], docs[order], tf[order]
+    df = np.bincount(terms, minlength=len(vocabulary)).astype(np.float64)
+    starts = np.concatenate([[0], np.cumsum(df)]).astype(np.int64)
+    idf = np.log1p((count - df + 0.5) / (df + 0.5))
+    norm = K1 * (1 - B + B * lengths / max(1.0, float(lengths.mean())))
+    weights = (idf[terms] * tf * (K1 + 1) / (tf + norm[docs])).astype(np.float32)
+    with writer.file("terms.txt") as stream:
+        stream.write("\n".join(vocabulary).encode("utf-8", "replace"))
+    writer.array("starts.npy", starts)
+    writer.array("docs.npy", docs.astype(np.int32))
+    writer.array("weights.npy", weights)
+    return len(vocabulary)
 
 
 @dataclass(slots=True, eq=False)
@@ -118,6 +129,7 @@ class WordSearch:
     request: SearchRequest
     counts: Mapping[int, int]
     cost: int
+    only: Mask | None = None  # passages that it may find
     found: list[tuple[int, float]] | None = None
     cancelled: bool = False
 
@@ -170,6 +182,10 @@ class BM25Retriever:
         if len(self._docs) != len(self._weights) or not len(self._starts) or self._starts[-1] != len(self._docs):
             raise damaged(self.path, "its word lists do not fit each other")
         self.store = PassageStore(self.path, manifest)
+        try:
+            self._columns = Columns(folder, manifest.rows, present="fields.npy" in manifest.files)
+        except (OSError, ValueError, EOFError) as e:
+            raise damaged(self.path, f"its metadata cannot be opened ({e})") from e
 
     def batch_key(self, request: SearchRequest) -> Hashable:
         return ("search", self.name, self.manifest.generation)
@@ -198,10 +214,14 @@ class BM25Retriever:
                     raise error
                 if self._closed:
                     raise ResourceError(f"the index at {self.path} was closed", code="F060", hint="open it again")
+                only = None
+                if (where := as_where(request.where)) is not None:
+                    self._columns.check(where, ())
+                    only = self._columns.rows(where)
                 terms = self._vocabulary()
                 counts = Counter(terms[w] for w in words_of(request.query) if w in terms)
                 cost = sum(int(self._starts[t + 1] - self._starts[t]) for t in counts)
-                out.append(WordSearch(self, request, counts, cost))
+                out.append(WordSearch(self, request, counts, cost, only))
             except FlowcError as e:
                 out.append(e)
         return out
@@ -243,13 +263,15 @@ class BM25Retriever:
     def _score(self, search: WordSearch) -> list[tuple[int, float]]:
         if self._closed:
             raise ResourceError(f"the index at {self.path} was closed", code="F060", hint="open it again")
-        scores = np.zeros(self.manifest.count, dtype=np.float32)
+        scores = np.zeros(self.manifest.rows, dtype=np.float32)
         try:
             for term in sorted(search.counts):  # one order of addition: the last bits do not depend on the wording
                 at = slice(int(self._starts[term]), int(self._starts[term + 1]))
                 scores[self._docs[at]] += self._weights[at] * np.float32(search.counts[term])
         except IndexError as e:
             raise damaged(self.path, f"a word list names a passage that is not there ({e})") from e
+        if search.only is not None:
+            scores[~search.only] = 0
         return [(int(i), float(scores[i])) for i in best(scores, search.request.k)]
 
     def _vocabulary(self) -> dict[str, int]:

@@ -125,7 +125,7 @@ def index_bundle(
     out: str | os.PathLike[str],
     *,
     embedder: Embedder | None = None,
-    kind: Literal["auto", "flat", "ivf", "bm25"] = "auto",
+    kind: Literal["auto", "flat", "ivf", "hnsw", "bm25", "hybrid"] = "auto",
     nlist: int | None = None,
     nprobe: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,

@@ -21,15 +21,18 @@ import numpy as np
 import numpy.typing as npt
 
 from flowc.ir.errors import FlowcError, ResourceError
-from flowc.ir.options import as_stop, as_where
+from flowc.ir.options import as_where
 from flowc.ir.values import Docs
 from flowc.runtime.protocols import Bounded, Budget, Embedder, ScanBudget, SearchRequest
 
+from .bm25 import WORD_SETTINGS, write_words
 from .calibrate import calibrate, stopping_gap
 from .columns import Columns
 from .confidence import confidence_of, put_first
 from .delta import INDEX_FILE, Epoch, Main, Updates, saved_epoch, write_faiss
 from .documents import Passage, embedded_text
+from .encoding import QueryEncoder, check_request
+from .graph import EF_SEARCH, new_graph
 from .scan import F32, I64, Lists, ListSearch, Selection, load_faiss
 from .store import EmbedderInfo, IndexWriter, Manifest, PassageStore, check_files, damaged
 
@@ -37,7 +40,6 @@ __all__ = [
     "IVFRetriever",
     "IndexPlan",
     "build_vectors",
-    "check_request",
     "excerpts",
     "own_queries",
     "plan_index",
@@ -65,7 +67,7 @@ _CALIBRATION_SAMPLE = 400  # half to calibrate the early stop, half to measure w
 class IndexPlan:
     """The kind of index, its number of lists, and why. `nprobe` 0 means: to be measured once the lists are there."""
 
-    kind: Literal["flat", "ivf"]
+    kind: Literal["flat", "ivf", "hnsw"]
     nlist: int
     nprobe: int
     codec: Codec
@@ -77,7 +79,7 @@ def plan_index(
     count: int,
     dim: int,
     *,
-    kind: Literal["auto", "flat", "ivf"] = "auto",
+    kind: Literal["auto", "flat", "ivf", "hnsw"] = "auto",
     nlist: int | None = None,
     nprobe: int | None = None,
     codec: Codec = "fp16",
@@ -111,6 +113,11 @@ def plan_index(
         if nlist is not None and nlist != 1:
             raise ResourceError(f"a flat index has one list, not {nlist}", code="F063", hint='kind="ivf"')
         nlist = nprobe = 1
+    elif kind == "hnsw":
+        if nlist is not None:
+            raise ResourceError("a graph index has no lists", code="F063", hint='kind="ivf"')
+        nlist, nprobe = 1, nprobe or EF_SEARCH
+        reasons.append("hnsw: asked for; one query alone is quicker, but nothing is shared, split or updated")
     else:
         kind = "ivf"
         if nlist is None:
@@ -142,8 +149,9 @@ def build_vectors(
     vectors: npt.NDArray[np.floating[Any]] | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
+    fusion: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Builds and saves the planned index; see `flowc.backends.vector.build_index`."""
+    """Builds and saves the planned index; see `flowc.backends.vector.build_index`. With `fusion` it is a hybrid one."""
     faiss = load_faiss()
 
     def tell(stage: str, done: int, total: int) -> None:
@@ -159,7 +167,11 @@ def build_vectors(
         data = fitting_vectors(vectors, count, dim, plan.metric)
         with _omp_threads(faiss, threads or os.cpu_count() or 1):
             tell("train", 0, 1)
-            index = _train(faiss, data, plan)
+            if plan.kind == "hnsw":
+                index = new_graph(dim, plan.codec, _faiss_metric(faiss, plan.metric))
+                index.train(data)
+            else:
+                index = _train(faiss, data, plan)
             tell("train", 1, 1)
             for start in range(0, count, 50_000):
                 index.add(data[start : start + 50_000])
@@ -179,19 +191,23 @@ def build_vectors(
             tell("calibrate", 0, 1)
             calibration = _calibrate(Lists(index), embedder, passages, nprobe)
             tell("calibrate", 1, 1)
+        settings: dict[str, Any] = {"seed": _SEED, "embedded": "{title}: {text}"}
+        if fusion is not None:
+            settings |= {**WORD_SETTINGS, "terms": write_words(writer, passages, progress), "fusion": dict(fusion)}
+            reasons = ("hybrid: asked for; words and vectors are fused as `settings` says", *reasons)
         writer.passages(passages)
         write_faiss(writer, index)
         spec = str(getattr(embedder, "spec", "") or type(embedder).__name__)
         return writer.commit(
             Manifest(
-                kind=plan.kind,
+                kind=plan.kind if fusion is None else "hybrid",
                 count=count,
                 metric=plan.metric,
                 nlist=plan.nlist,
                 nprobe=nprobe,
                 codec=plan.codec,
                 embedder=EmbedderInfo(spec, embedder.fingerprint, dim),
-                settings={"seed": _SEED, "embedded": "{title}: {text}"},
+                settings=settings,
                 reasons=reasons,
                 calibration=calibration,
             )
@@ -368,12 +384,7 @@ class IVFRetriever:
         if error is not None:
             raise error
         self.nprobe = nprobe or manifest.nprobe  # what a request without its own takes
-        self._make: Callable[[], Embedder] | None = None
-        self._embedder: Embedder | None = None
-        if callable(embedder) and not hasattr(embedder, "embed"):
-            self._make = embedder
-        else:
-            self._embedder = self._fitting(cast(Embedder, embedder))
+        self._encoder = QueryEncoder(self.path, self._info, embedder)
         self._lock = threading.Lock()
         check_files(self.path, manifest, verify=verify)
         main = self._main(manifest)
@@ -417,28 +428,7 @@ class IVFRetriever:
     @property
     def embedder(self) -> Embedder:
         """The embedder for queries, made now if it was not before. Raises `ResourceError` F063 if it does not fit."""
-        with self._lock:
-            if self._embedder is None:
-                assert self._make is not None
-                self._embedder = self._fitting(self._make())
-            return self._embedder
-
-    def _fitting(self, embedder: Embedder) -> Embedder:
-        info = self._info
-        if embedder.dim != info.dim:
-            raise ResourceError(
-                f"the index at {self.path} holds vectors of {info.dim} numbers, the embedder makes {embedder.dim}",
-                code="F063",
-                hint=f"open it with the embedder {info.spec!r}, or build it again with this one",
-            )
-        if embedder.fingerprint != info.fingerprint:
-            raise ResourceError(
-                f"the index at {self.path} was made with another embedder:\n"
-                f"  index    {info.fingerprint}\n  embedder {embedder.fingerprint}",
-                code="F063",
-                hint=f"open it with the embedder {info.spec!r}, or build it again with this one",
-            )
-        return embedder
+        return self._encoder.embedder
 
     @property
     def lists(self) -> Epoch:
@@ -490,7 +480,7 @@ class IVFRetriever:
                 except FlowcError as e:
                     out[n] = e
         texts = list(dict.fromkeys(requests[n].query for n in only))
-        vectors = dict(zip(texts, self._embed(texts), strict=True))
+        vectors = dict(zip(texts, self._encoder.embed(texts), strict=True))
         good = []
         for n in only:
             vector = vectors[requests[n].query]
@@ -686,45 +676,3 @@ class IVFRetriever:
         epoch, self._epoch = self._epoch, None
         if epoch is not None:
             epoch.store.close()
-
-    def _embed(self, texts: Sequence[str]) -> list[F32 | Exception]:
-        """A finite vector for each text, or the reason why not. One bad text does not spoil the others."""
-        if not texts:
-            return []
-        try:
-            embedder = self.embedder
-        except FlowcError as e:
-            return [e] * len(texts)
-        try:
-            vectors = np.asarray(embedder.embed(texts), dtype=np.float32)
-        except Exception as e:
-            if len(texts) == 1:
-                return [e]
-            return [self._embed([text])[0] for text in texts]
-        if vectors.shape != (len(texts), self._info.dim):
-            error = ResourceError(
-                f"the embedder gave vectors of shape {vectors.shape}, not ({len(texts)}, {self._info.dim})",
-                code="F063",
-                hint="an embedder gives back one row a text",
-            )
-            return [error] * len(texts)
-        nan = "the embedder gave a vector with NaN or infinity"
-        return [
-            vector if np.isfinite(vector).all() else ResourceError(nan, code="F063", hint=f"query: {text[:80]!r}")
-            for vector, text in zip(vectors, texts, strict=True)
-        ]
-
-
-def check_request(request: SearchRequest) -> ResourceError | None:
-    """What is wrong with the numbers of a request, if anything."""
-    for name, value in (("k", request.k), ("nprobe", request.nprobe)):
-        if name == "nprobe" and value is None:
-            continue
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-            return ResourceError(f"{name} must be an integer from 1, found {value!r}", code="F063")
-    try:
-        as_stop(request.stop)
-        as_where(request.where)
-    except ValueError as e:
-        return ResourceError(str(e), code="F063")
-    return None

@@ -604,6 +604,53 @@ def test_index_build_info_search_and_run(cli: Flowc, tmp_path: Path) -> None:
 
 
 @pytest.mark.models
+def test_index_add_delete_compact_and_filters(cli: Flowc, tmp_path: Path) -> None:
+    rows = [
+        {"text": f"note {n} on tea", "id": f"n{n}", "meta": {"year": 2020 + n, "odd": n % 2 == 1}} for n in range(6)
+    ]
+    (tmp_path / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[3:]))
+    assert cli("index", "build", "notes.jsonl", "-o", "idx", "--embedder", "hashing").code == 0
+    taken = cli("index", "add", "idx", "more.jsonl")
+    assert taken.code == 1
+    assert "error[F063]: the index holds a passage with the key 'n3'" in taken.err
+    added = cli("index", "add", "idx", "more.jsonl", "--upsert", "--json").json
+    assert (added["added"], added["first_id"], added["passages"]) == (3, 4, 6)
+
+    def years(*args: str) -> list[str]:
+        found = cli("index", "search", "idx", "tea", "-k", "9", "--json", *args)
+        assert found.code == 0, found.err
+        return sorted(doc["source"] for doc in found.json)
+
+    assert years() == ["n0", "n1", "n2", "n3", "n4", "n5"]
+    assert years("--where", '{"year": {">=": 2022}, "odd": true}') == ["n3", "n5"]
+    deleted = cli("index", "delete", "idx", "--id", "n0", "--number", "1", "--where", '{"year": [2024]}', "--json").json
+    assert (deleted["deleted"], deleted["passages"]) == (3, 3)
+    assert years() == ["n2", "n3", "n5"]
+    info = cli("index", "info", "idx", "--json").json
+    assert (info["count"], set(info["fields"])) == (3, {"year", "odd", "key", "source"})
+    assert cli("index", "compact", "idx", "--json").json["passages"] == 3
+    assert years() == ["n2", "n3", "n5"]
+    info = cli("index", "info", "idx", "--json").json
+    assert (info["count"], info["added"], info["deleted"]) == (3, 0, 0)
+    (tmp_path / "questions.txt").write_text("tea\n\nnote 3\n")
+    assert "2 given queries" in cli("index", "info", "idx", "--queries", "questions.txt").out
+    for args, message in (
+        (("index", "delete", "idx"), "nothing says what to delete"),
+        (("index", "delete", "idx", "--where", "{"), "--where is not JSON"),
+        (("index", "search", "idx", "tea", "--where", "[1]"), "--where is not a JSON object"),
+        (("index", "search", "idx", "tea", "--where", '{"year": {"~": 1}}'), "unknown operator"),
+    ):
+        refused = cli(*args)
+        assert refused.code == 2, refused.err
+        assert message in refused.err
+    assert cli("index", "build", "notes.jsonl", "-o", "words", "--kind", "bm25").code == 0
+    refused = cli("index", "add", "words", "more.jsonl")
+    assert refused.code == 1
+    assert "an index of kind bm25 takes no updates" in refused.err
+
+
+@pytest.mark.models
 def test_a_corrupt_index(cli: Flowc, tmp_path: Path) -> None:
     folder = build_notes(cli, tmp_path)
     (tmp_path / "flowc.toml").write_text('[index.notes]\npath = "idx"\n')
