@@ -283,8 +283,8 @@ class ElasticLane(Lane):
 
     Searches join between steps and leave when they are done, each with its own answer at once; one that is cancelled is
     dropped before the next step. Who waits for a part of a search gets it as soon as the index says that it is likely
-    enough to be the whole. Where all are plain `search`es the step is the whole: they are equally long, and taking turns
-    would make every one of them late.
+    enough to be the whole. Where all are plain `search`es the step is the whole: they are equally long, and taking
+    turns would make every one of them late.
     """
 
     def __init__(self, kind: str, name: str, backend: Any, runtime_name: str = "flowc") -> None:
