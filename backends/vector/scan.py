@@ -28,13 +28,14 @@ Source of the sub-stages: Hu et al., "HedraRAG", 2025, section 4; of the wavefro
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +48,7 @@ __all__ = ["SHARED_ENOUGH", "Accelerator", "Beside", "ListSearch", "Lists", "Sel
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 Ranks = range | I64  # rising, each once; a range has no steps
-Form = Literal["query", "list", "products"]
+Form: TypeAlias = Literal["query", "list", "products"]
 
 # Visits to lists per distinct list, from which on a wave may be scanned list by list, and by products. Below, the
 # lists are read from memory once in any form and the rows only cost. Above, the forms are tried and the cheapest kept:
@@ -55,8 +56,10 @@ Form = Literal["query", "list", "products"]
 SHARED_ENOUGH = 1.3
 PRODUCTS_FROM = 4.0
 _SPARE = 2  # results kept beyond k, so that a tie at the end is seen; more would make every heap slower
+_SPARE_LISTS = 8  # candidates beyond those wanted, for another order of summation
 _GROUP_CODES = 16_384  # vectors a search scans before others and cancellation get their turn; about 0.4 ms
 _STEP_CODES = 1_024  # the same where a rule may stop the search: about 25 us, against 4 us that a step costs
+_ROW_PLACES = 16  # of a row in such a call; a row that fills them is scanned again with all
 _ROW_BYTES = 4 << 20  # of queries and heaps that the rows of one call may take
 _TOGETHER = 4  # queries from which on centroids are scored by matrix products
 _BLOCK = 32  # queries of one such product
@@ -113,7 +116,7 @@ class Selection:
 
 
 # ------------------------------------------------------------------------------------------------ the state of a search
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Batch:
     """Searches that began together with one k: row n of each array is the n-th search's.
 
@@ -276,6 +279,30 @@ class ListSearch:
         return float(np.partition(scores, len(scores) - self.k)[len(scores) - self.k])
 
 
+class _Coarse(threading.local):
+    """A thread's own room for the nearest lists of one query, with the addresses that FAISS wants, by nprobe."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, _Room] = {}
+
+    def get(self, nprobe: int) -> _Room:
+        room = self._made.get(nprobe)
+        if room is None:
+            room = self._made[nprobe] = _Room(nprobe)
+        return room
+
+
+class _Room:
+    __slots__ = ("count", "lists", "lists_at", "near", "near_at", "params")
+
+    def __init__(self, nprobe: int) -> None:
+        faiss = load_faiss()
+        self.count = nprobe + nprobe // 32 + 1  # some to spare, for another order of summation
+        self.near, self.lists = np.empty((1, self.count), np.float32), np.empty((1, self.count), np.int64)
+        self.near_at, self.lists_at = faiss.swig_ptr(self.near), faiss.swig_ptr(self.lists)
+        self.params = faiss.SearchParametersIVF(nprobe=nprobe)
+
+
 def _of(values: I64, ranks: Ranks) -> I64:
     return values[ranks.start : ranks.stop] if isinstance(ranks, range) else values[ranks]
 
@@ -381,27 +408,37 @@ class Lists:
         self.alive = alive
         self.count: int = int(sizes.sum()) if alive is None else alive.count
         self._held = self._by_cluster(sizes if alive is None else alive.sizes)
-        self._least = np.append(0, np.cumsum(np.sort(self._held)))  # vectors in so many clusters, whichever they are
+        # How many vectors so many clusters hold, whichever they are.
+        self._least: list[int] = [0, *np.cumsum(np.sort(self._held)).tolist()]
         self._largest = int(sizes.max(initial=0))
         self.is_l2 = index.metric_type == faiss.METRIC_L2
-        self._is_half = isinstance(index, faiss.IndexIVFScalarQuantizer)
-        self._has_products = not self.is_l2 and (
-            index.sq.qtype == faiss.ScalarQuantizer.QT_fp16 if self._is_half else isinstance(index, faiss.IndexIVFFlat)
-        )
+        quantized = isinstance(index, faiss.IndexIVFScalarQuantizer)
+        self._is_half = quantized and index.sq.qtype == faiss.ScalarQuantizer.QT_fp16
+        assert quantized or type(index) is faiss.IndexIVFFlat
+        self._has_products = not self.is_l2 and (self._is_half or not quantized)
         self._scale = np.float32(2.0**112 if self._is_half else 1)  # what decoded vectors are to be multiplied by
         self._norms = np.full(len(sizes), -1, dtype=np.float32)
-        if base is None:
-            self._centroids = np.ascontiguousarray(index.quantizer.reconstruct_n(0, self.nlist))
-            if self.is_l2:  # the nearest centroid c of q has the largest q.c - |c|^2 / 2, which is one inner product
-                half = np.einsum("ij,ij->i", self._centroids, self._centroids) / -2
-                self._centroids = np.ascontiguousarray(np.column_stack([self._centroids, half]))
+        self._sorting = self._like(index.invlists)  # begins with empty heaps, and leaves them in order
+        self._sorting.parallel_mode = 0
+        self._coarse = _Coarse()
+        self._views: dict[int, tuple[npt.NDArray[np.uint8], I64]] = {}
+        self._is_plain = self.parts == 1 and alive is None and not self.is_l2
+        self._flat: Any
+        self._centroids: F32
+        if base is not None:
+            self._flat, self._centroids = base._flat, base._centroids
         else:
-            self._centroids = base._centroids
-        self._tiles: F32 | None = None if base is None else base._tiles
+            centroids = index.quantizer.reconstruct_n(0, self.nlist)
+            if self.is_l2:  # the nearest centroid c of q has the largest q.c - |c|^2 / 2, which is one inner product
+                centroids = np.column_stack([centroids, np.einsum("ij,ij->i", centroids, centroids) / -2])
+            # Out of the mapped file, where numbers stand at odd addresses, which costs matrix products a copy.
+            self._flat = faiss.IndexFlatIP(centroids.shape[1])
+            self._flat.add(np.ascontiguousarray(centroids))
+            self._centroids = faiss.rev_swig_ptr(self._flat.get_xb(), centroids.size).reshape(centroids.shape)
         # How far below the bar a list may score by another order of summation and still be among the nearest: two sums
         # differ by at most d * 2^-23 * |query| * |centroid|, and both the list's and the bar's may.
         width = self._centroids.shape[1]
-        self._reach = float(np.linalg.norm(self._centroids, axis=1).max()) * width * 2.0**-20
+        self._reach = float(np.linalg.norm(self._centroids, axis=1).max()) * width * 2.0**-22
         self._params: dict[int, Any] = {}
         self._zeros = np.zeros(1 << 12, dtype=np.float32)
         self._ptr = faiss.swig_ptr
@@ -431,18 +468,18 @@ class Lists:
         if self.nlist == 1:
             return np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.float32)
         query = self._as_probe(query)
-        scores = np.empty(self.nlist, dtype=np.float32)
         ptr = self._ptr
-        self._faiss.fvec_inner_products_ny(ptr(scores), ptr(query), ptr(self._centroids), len(query), self.nlist)
-        if nprobe < self.nlist:
-            bar = _bars(scores[None, :], nprobe)[0] - self._reach * math.sqrt(float(query @ query))
-            near = (scores >= bar).nonzero()[0]
-            scores = self._canonical(query[None], near[None])[0]
-            order = (-scores).argsort(kind="stable")[:nprobe]
-            near = near[order]
-            if len(near) == nprobe and self._hold(near, held_in, enough):
-                return near, scores[order]
-        scores = self._canonical(query[None], np.arange(self.nlist)[None])[0]
+        some = nprobe + _SPARE_LISTS
+        if some < self.nlist:
+            scores, near = np.empty((1, some), dtype=np.float32), np.empty((1, some), dtype=np.int64)
+            self._flat.search_c(1, ptr(query), some, ptr(scores), ptr(near), None)
+            if scores[0, nprobe - 1] - scores[0, -1] > self._reach * math.sqrt(float(query @ query)):
+                scores, near = self._canonical(query, near)[0], near[0]
+                order = np.lexsort((near, -scores))[:nprobe]
+                near = near[order]
+                if self._hold(near, held_in, enough):
+                    return near, scores[order]
+        scores = self._canonical(query, np.arange(self.nlist)[None])[0]
         order = np.argsort(-scores, kind="stable")
         held = np.cumsum(held_in[order])
         order = order[: max(nprobe, int(np.searchsorted(held, enough)) + 1)]
@@ -464,7 +501,7 @@ class Lists:
         self._faiss.omp_set_num_threads(1)
         ptr = self._ptr
         self._faiss.fvec_inner_products_by_idx(
-            ptr(scores), ptr(queries), ptr(self._centroids), ptr(lists), queries.shape[1], len(lists), lists.shape[1]
+            ptr(scores), ptr(queries), ptr(self._centroids), ptr(lists), queries.shape[-1], len(lists), lists.shape[1]
         )
         return scores
 
@@ -475,13 +512,13 @@ class Lists:
         """
         count = len(queries)
         queries = self._as_probe(queries)
-        if self._tiles is None:
-            dim = self._centroids.shape[1]
-            width = max(1, _TILE_PRODUCTS // (_BLOCK * dim))
-            padded = np.zeros((-(-self.nlist // width) * width, dim), dtype=np.float32)
-            padded[: self.nlist] = self._centroids
-            self._tiles = np.ascontiguousarray(padded.reshape(-1, width, dim).transpose(0, 2, 1))
-        products = np.matmul(queries[None], self._tiles).transpose(1, 0, 2).reshape(count, -1)[:, : self.nlist]
+        products = np.empty((count, self.nlist), dtype=np.float32)
+        width = max(1, _TILE_PRODUCTS // (count * self._centroids.shape[1]))
+        even = self.nlist - self.nlist % width
+        tiles = self._centroids[:even].reshape(-1, width, self._centroids.shape[1]).transpose(0, 2, 1)
+        np.matmul(queries, tiles, out=products[:, :even].reshape(count, -1, width).transpose(1, 0, 2))
+        if even < self.nlist:
+            np.matmul(queries, self._centroids[even:].T, out=products[:, even:])
         bars = _bars(products, nprobe) - self._reach * np.linalg.norm(queries, axis=1)
         rows, columns = np.divmod((products >= bars[:, None]).ravel().nonzero()[0], self.nlist)
         found = np.bincount(rows, minlength=count)
@@ -618,6 +655,10 @@ class Lists:
         What `begin_many`, `scan` and `finish` give, without what it takes to stop in between.
         """
         queries = np.ascontiguousarray(queries)
+        if len(k) == 1 and self._is_plain and not self.base.accelerator and (only is None or only[0] is None):
+            found = self._search_one(queries, k[0], nprobe[0])
+            if found is not None:
+                return [found]
         if self.base.accelerator is not None:
             searches = self.begin_many(queries, k, nprobe, only=only)
             self.scan(searches)
@@ -631,9 +672,38 @@ class Lists:
                 None if only is None else only[alike[0]],
             )
             self._faiss.omp_set_num_threads(1)
-            self._wave(batch.queries, batch.lists, batch.scores, batch.ids, batch.only)
+            self._wave(batch.queries, batch.lists, batch.scores, batch.ids, batch.only, whole=True)
             out.update(zip(alike, self._best_of_batch(batch), strict=True))
         return [out[n] for n in range(len(k))]
+
+    def _search_one(self, query: F32, k: int, nprobe: int) -> tuple[F32, I64] | None:
+        """The result of one search (`query` of shape (1, dim)) in two FAISS calls and little else; None if unproven.
+
+        Needs the set of the nearest lists and not their order: no products of one pair where the last list's score is
+        clear of the next one's. A scan leaves so little of the interpreter in the processor's caches that a function
+        of numpy's costs 30 us at first, so that what can be a list is one.
+        """
+        if nprobe + nprobe // 32 + 1 >= self.nlist or self._least[nprobe] < k + _SPARE:
+            return None
+        coarse = self._coarse.get(nprobe)
+        faiss, ptr, keep = self._faiss, self._ptr, k + _SPARE
+        address, reach = ptr(query), self._reach * math.sqrt(faiss.fvec_norm_L2sqr(ptr(query), self.dim))
+        faiss.omp_set_num_threads(1)
+        self._flat.search_c(1, address, coarse.count, coarse.near_at, coarse.lists_at, None)
+        near, lists = coarse.near, coarse.lists
+        last = near.item(nprobe - 1)
+        if not last - near.item(nprobe) > reach:
+            if not last - near.item(-1) > reach:
+                return None
+            lists[0] = lists[0, np.lexsort((lists[0], -self._canonical(query, lists)[0]))]
+        scores, ids = np.empty(keep, dtype=np.float32), np.empty(keep, dtype=np.int64)
+        self._sorting.search_preassigned_c(
+            1, address, keep, coarse.lists_at, coarse.near_at, ptr(scores), ptr(ids), False, coarse.params
+        )
+        if not np.count_nonzero(scores[1:] == scores[:-1]):
+            return scores[:k], ids[:k]
+        batch = _Batch(query, k, None, lists[:, :nprobe], near[:, :nprobe], [nprobe], scores[None], ids[None])
+        return self._best(batch, 0, lists[0, :nprobe])
 
     def scan(self, searches: Sequence[ListSearch], budget: ScanBudget | None = None) -> None:
         """Scans on until every search is done or the budget is spent, everyone's nearest lists first.
@@ -757,28 +827,32 @@ class Lists:
             search.scores[:] = scores[row, :size]
             search.ids[:] = ids[row, :size]
 
-    def _wave(self, queries: F32, lists: I64, scores: F32, ids: I64, only: Selection | None) -> None:
-        """Scans row n of `lists` (-1 is none) for query n, in the form that is cheapest, into the heaps in row n."""
-        if len(queries) == 1:
-            self._call(queries, lists, scores, ids, only)
-            return
-        visits = np.bincount(lists.ravel() + 1, minlength=len(self.sizes) + 1)[1:]
-        wanted = int(visits.sum())
-        share = wanted / max(1, int(np.count_nonzero(visits)))
-        if share < SHARED_ENOUGH:
-            self._call(queries, lists, scores, ids, only)
-            return
-        codes, keep = int(visits @ self.sizes), scores.shape[1]
-        form = self._forms.choose(share, keep, codes, self._has_products)
-        began = self._forms.now()
-        match form:
-            case "query":
-                self._call(queries, lists, scores, ids, only)
-            case "list":
-                self._by_list(queries, lists, scores, ids, only)
-            case "products":
-                self._by_products(queries, lists, scores, ids, only)
-        self._forms.learn(share, keep, codes, form, self._forms.now() - began)
+    def _wave(
+        self, queries: F32, lists: I64, scores: F32, ids: I64, only: Selection | None, *, whole: bool = False
+    ) -> None:
+        """Scans row n of `lists` (-1 is none) for query n, in the form that is cheapest, into the heaps in row n.
+
+        `whole`: the heaps are empty before, and are left in order, the best first.
+        """
+        share, codes, keep, began = 1.0, 0, scores.shape[1], 0.0
+        form: Form = "query"
+        if len(queries) > 1:
+            visits = np.bincount(lists.ravel() + 1, minlength=len(self.sizes) + 1)[1:]
+            share = int(visits.sum()) / max(1, int(np.count_nonzero(visits)))
+            if share >= SHARED_ENOUGH:
+                codes = int(visits @ self.sizes)
+                form = self._forms.choose(share, keep, codes, self._has_products)
+                began = self._forms.now()
+        if form == "query":
+            self._call(queries, lists, scores, ids, only, whole=whole)
+        elif form == "list":
+            self._by_list(queries, lists, scores, ids, only)
+        else:
+            self._by_products(queries, lists, scores, ids, only)
+        if whole and form != "query":
+            self._heaps(scores, ids).reorder()
+        if codes:
+            self._forms.learn(share, keep, codes, form, self._forms.now() - began)
 
     def _pairs(self, lists: I64) -> tuple[I64, I64]:
         """Every (query, list) of `lists`, sorted by list: the lists, and the queries' rows."""
@@ -791,28 +865,42 @@ class Lists:
 
     def _by_list(self, queries: F32, lists: I64, scores: F32, ids: I64, only: Selection | None) -> None:
         """Every list through the queries that want it, in calls of bounded size whose rows are (query, list)."""
-        # Everyone's nearest list first, on its own: it sets the bar that keeps the other rows short.
-        if (scores[:, 0] == -np.inf).any():
-            self._call(queries, lists[:, :1], scores, ids, only)
-            lists = lists[:, 1:]
-        wanted, owner = self._pairs(lists)
+        # Everyone's nearest lists first, on their own: they set the bars that keep the other rows short.
         keep = scores.shape[1]
-        free = np.isposinf(scores)  # the places that are no one's
-        padded = bool(free.any())
-        step = max(1, _ROW_BYTES // (12 * keep + 4 * self.dim))
-        heap = self._heaps(scores, ids)
+        few = min(keep, max(_ROW_PLACES, keep // 4))
+        if (scores[:, 0] == -np.inf).any():
+            first = -(-keep // (2 * _ROW_PLACES))
+            self._call(queries, lists[:, :first], scores, ids, only)
+            lists = lists[:, first:]
+        wanted, owner = self._pairs(lists)
+        step = max(1, _ROW_BYTES // (12 * few + 4 * self.dim))
         for start in range(0, len(wanted), step):
-            who = owner[start : start + step]
-            rows_scores = np.repeat(scores[who, :1], keep, axis=1)
-            if padded:
-                rows_scores[free[who]] = np.inf
-            rows_ids = np.full(rows_scores.shape, -1, dtype=np.int64)
-            self._call(queries[who], wanted[start : start + step, None], rows_scores, rows_ids, only)
-            if padded:
-                rows_scores[free[who]] = -np.inf  # or they would be taken for results
-            heap.addn_query_subset_with_ids(
-                len(who), self._ptr(who), keep, self._ptr(rows_scores), self._ptr(rows_ids), keep
-            )
+            who, rows = owner[start : start + step], wanted[start : start + step]
+            full = self._rows(queries, rows, who, few, scores, ids, only)
+            if full is not None:  # what such a row dropped may be good enough
+                self._rows(queries, rows[full], who[full], keep, scores, ids, only)
+
+    def _rows(
+        self, queries: F32, lists: I64, who: I64, places: int, scores: F32, ids: I64, only: Selection | None
+    ) -> I64 | None:
+        """Scans list n for query who[n], which has so many places for what passes its heap's bar, into the heaps.
+
+        Which rows had too few: these are left out.
+        """
+        bars = scores[:, 0][who]
+        found = np.repeat(bars[:, None], places, axis=1)
+        names = np.full(found.shape, -1, dtype=np.int64)
+        self._call(queries[who], lists[:, None], found, names, only)
+        full = None
+        if places < scores.shape[1]:
+            over = found[:, 0] > bars
+            if over.any():
+                full, there = over.nonzero()[0], ~over
+                who, found, names = who[there], found[there], names[there]
+        self._heaps(scores, ids).addn_query_subset_with_ids(
+            len(who), self._ptr(who), places, self._ptr(found), self._ptr(names), places
+        )
+        return full
 
     def _heaps(self, scores: F32, ids: I64) -> Any:
         """FAISS's functions over these heaps, which must outlive it."""
@@ -845,7 +933,7 @@ class Lists:
         for end in ends:
             number, who = int(wanted[start]), owner[start:end]
             if self.sizes[number]:
-                codes, held = self.stored(number)
+                codes, held = self._view(number)
                 vectors = self._decoded(codes, buffer)
                 least = bars.take(who) - slack.take(who) * self._norm(number, vectors)
                 passing = (_products(scaled.take(who, axis=0), vectors) >= least[:, None]).ravel().nonzero()[0]
@@ -885,17 +973,29 @@ class Lists:
     def _like(self, lists: Any) -> Any:
         """An index of other lists whose vectors are coded, and scored, as in this one."""
         faiss, index = self._faiss, self._index
-        if self._is_half:
-            kind = faiss.ScalarQuantizer.QT_fp16
+        if isinstance(index, faiss.IndexIVFScalarQuantizer):
+            kind = index.sq.qtype
             out = faiss.IndexIVFScalarQuantizer(
                 index.quantizer, self.dim, lists.nlist, kind, index.metric_type, False, False
             )
         else:
             out = faiss.IndexIVFFlat(index.quantizer, self.dim, lists.nlist, index.metric_type, False)
-        out.is_trained = True  # neither codec learns anything
+        if out.code_size == self.dim:  # sq8 has learnt each dimension's range
+            out.sq = index.sq
+        out.is_trained = True
         out.parallel_mode = _NO_HEAP_INIT
         out.replace_invlists(lists, False)
         return out
+
+    def _view(self, number: int) -> tuple[npt.NDArray[np.uint8], I64]:
+        """`stored`, kept for the lists that never change."""
+        if number >= self.nlist:
+            return self.stored(number)
+        views = self.base._views
+        view = views.get(number)
+        if view is None:
+            view = views[number] = self.base.stored(number)
+        return view
 
     def _decoded(self, codes: npt.NDArray[np.uint8], buffer: npt.NDArray[np.int32]) -> F32:
         """Vectors of shape (len(codes), dim), divided by `_scale`; they may lie in `buffer`.
@@ -931,10 +1031,12 @@ class Lists:
             params = self._params[width] = self._faiss.SearchParametersIVF(nprobe=width)
         return params
 
-    def _call(self, queries: F32, lists: I64, scores: F32, ids: I64, only: Selection | None) -> None:
+    def _call(
+        self, queries: F32, lists: I64, scores: F32, ids: I64, only: Selection | None, *, whole: bool = False
+    ) -> None:
         """One FAISS call: row i of `lists` (-1 is skipped) for query i, into the heaps in row i of `scores`, `ids`."""
         params = self._params_of(lists.shape[1]) if only is None else only.params(lists.shape[1])
-        self._preassigned(self._index, queries, lists, scores, ids, params)
+        self._preassigned(self._sorting if whole else self._index, queries, lists, scores, ids, params)
 
     def _preassigned(self, index: Any, queries: F32, lists: I64, scores: F32, ids: I64, params: Any) -> None:
         """Every array has a name while FAISS holds its address, which keeps nothing alive."""
@@ -999,19 +1101,16 @@ class Lists:
         return scores, ids
 
     def _best_of_batch(self, batch: _Batch) -> list[tuple[F32, I64]]:
-        """The result of each search of a batch that was scanned whole."""
-        count, k = len(batch.queries), batch.k
-        if count == 1:
-            return [self._best(batch, 0, batch.lists[0])]
-        scores, ids = batch.scores.copy(), batch.ids.copy()
-        self._heaps(scores, ids).reorder()
+        """The result of each search of a batch that was scanned whole and left in order."""
+        scores, ids, k = batch.scores, batch.ids, batch.k
         # Neighbours that are equal: a tie, or places that stayed free.
-        clear = (~(scores[:, 1:] == scores[:, :-1]).any(axis=1) & (ids[:, -1] >= 0)).tolist()
-        lists, units = batch.lists, batch.units
-        return [
-            (scores[row, :k], ids[row, :k]) if clear[row] else self._best(batch, row, lists[row, : units[row]])
-            for row in range(count)
-        ]
+        unclear = ((scores[:, 1:] == scores[:, :-1]).any(axis=1) | (ids[:, -1] < 0)).nonzero()[0].tolist()
+        out = [(scores[row, :k], ids[row, :k]) for row in range(len(scores))]
+        if unclear:
+            scores[ids < 0] = -np.inf  # FAISS has the smallest number there
+        for row in unclear:
+            out[row] = self._best(batch, row, batch.lists[row, : batch.units[row]])
+        return out
 
     def _as_good_as(self, batch: _Batch, row: int, lists: I64, score: float) -> tuple[F32, I64]:
         """All entries of these lists with this score or a better one."""
