@@ -4,15 +4,18 @@ A step packs the new tokens of all sequences into one row. For every layer the f
 into their blocks and lets each sequence attend to its own blocks. What belongs to which sequence is in the step's
 `Layout`, handed over in a thread-local: some architectures drop keyword arguments on the way.
 
-This is the CPU path: one scaled-dot-product call a sequence over its gathered blocks, which measured faster there than
-padding all sequences to the longest.
+On a GPU the kernels of `backends/kernels` do both. What stands here is the path of the CPU, and of a GPU without
+triton: one scaled-dot-product call a sequence over its gathered blocks, which measured faster on a CPU than padding all
+sequences to the longest.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -33,7 +36,7 @@ class Span:
 
     rows: slice
     length: int
-    blocks: torch.Tensor  # (blocks of the sequence,) int64, in order
+    blocks: torch.Tensor  # (blocks of the sequence,) int64, in order, on the CPU: those of a step travel together
     key: Hashable | None = None
 
 
@@ -91,6 +94,10 @@ def paged_attention(
     assert layout is not None, "paged attention outside a step"
     layer = module.layer_idx
     layout.seen_layers.append(layer)
+    kernels = _kernels_for(query)
+    if kernels is not None:
+        options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        return kernels(query, key, value, layout, layer, **options), None
     data = layout.pool.data
     key_dim, value_dim = key.shape[-1], value.shape[-1]
     data[layout.block, layer, 0, layout.offset, :, :key_dim] = key[0].transpose(0, 1).to(data.dtype)
@@ -111,6 +118,22 @@ def paged_attention(
         v = both[:, 1].reshape(-1, *both.shape[3:])[:cached, :, :value_dim].transpose(0, 1)
         out[0, span.rows] = _attend(q, k, v, scale, sliding_window, softcap, s_aux).transpose(0, 1)
     return out, None
+
+
+def _kernels_for(query: torch.Tensor) -> Any:
+    """The function that runs the kernels on a query's device, or None."""
+    return triton_attention() if query.is_cuda else None
+
+
+@functools.cache
+def triton_attention() -> Any:
+    """`kernels.paged_attention.paged_attention_triton`, imported at first use; None where triton is not installed."""
+    try:
+        return import_module("...kernels.paged_attention", __package__).paged_attention_triton
+    except ModuleNotFoundError as e:
+        if e.name != "triton":
+            raise
+        return None
 
 
 def _attend(

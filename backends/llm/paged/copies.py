@@ -2,6 +2,10 @@
 
 Copies go in bounded chunks on a thread of their own, on a GPU on a stream of its own; nothing in the engine waits for
 them. A job that is cancelled stops before its next chunk.
+
+On a GPU the two streams are ordered both ways. A copy waits for the steps that were launched before it was asked for:
+they may still write the block that leaves, or read the block whose place is taken. A step that is launched after a
+job's end was seen needs no waiting: the copying thread tells of a chunk only once the device has finished it.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +34,18 @@ class Copy:
     is_cancelled: bool = False
     copied: int = 0
     seconds: float = 0.0
-    on_end: Callable[[Copy], None] = field(default=lambda copy: None)
+    after: Any = None  # on a GPU the event of the last step that was launched before
+
+    @property
+    def device(self) -> torch.device | None:
+        """The GPU that takes part in it."""
+        return next((p.data.device for p in (self.source, self.target) if p.data.device.type == "cuda"), None)
+
+    def mark(self) -> None:
+        """Notes, on the thread that launches steps, what must be over before the copy begins."""
+        if self.device is not None:
+            self.after = torch.cuda.Event()
+            self.after.record(torch.cuda.current_stream(self.device))
 
     def run(self, blocks: int) -> bool:
         """Copies up to `blocks` more; is the job at its end?"""
@@ -39,9 +54,8 @@ class Copy:
             chunk = self.pairs[self.copied : self.copied + blocks]
             for source, target in chunk:
                 self.target.data[target].copy_(self.source.data[source], non_blocking=True)
-            for device in {self.source.data.device, self.target.data.device}:
-                if device.type == "cuda":
-                    torch.cuda.current_stream(device).synchronize()  # this thread's own stream
+            if self.device is not None:
+                torch.cuda.current_stream(self.device).synchronize()  # this thread's own stream
             self.copied += len(chunk)
             self.seconds += time.perf_counter() - begin
         return self.is_cancelled or self.copied == len(self.pairs)
@@ -101,6 +115,7 @@ class ThreadCopier:
         return self._open > 0
 
     def submit(self, job: Copy) -> None:
+        job.mark()
         with self._wake:
             self._jobs.append(job)
             self._open += 1
@@ -132,10 +147,11 @@ class ThreadCopier:
                     if self._is_closed:
                         return
                     job = self._jobs.popleft()
-                device = next((p.data.device for p in (job.source, job.target) if p.data.device.type == "cuda"), None)
-                if device is not None and stream is None:
-                    stream = torch.get_device_module(device).Stream(device)
+                if job.device is not None and stream is None:
+                    stream = torch.cuda.Stream(job.device)
                 with torch.cuda.stream(stream):
+                    if job.after is not None:
+                        stream.wait_event(job.after)
                     while not job.run(CHUNK_BLOCKS):
                         pass
                 with self._wake:

@@ -645,7 +645,7 @@ class Engine:
             offset += [p % size for p in range(start, end)]
             used = s.blocks[: -(-end // size)]
             key = None if self.batch_invariant else s
-            spans.append(Span(slice(first, len(tokens)), end, torch.tensor(used, device=device), key))
+            spans.append(Span(slice(first, len(tokens)), end, torch.tensor(used), key))
             if s.scored is not None:
                 wanted = [first + p - start for p in range(max(start, s.scored - 1), end)]
             else:

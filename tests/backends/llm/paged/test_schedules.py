@@ -270,6 +270,23 @@ def test_a_score_is_the_same_after_a_preemption() -> None:
     game.end()
 
 
+def test_what_is_only_scored_leaves_nothing_behind_but_its_prompt() -> None:
+    engine = echo_engine(max_step_tokens=64)
+    tokens, options = prompt(2, 5), [[7 + i] * 9 for i in range(4)]
+    scored = [Sequence(tokens + o[:-1], Scored(o), i, scored=len(tokens)) for i, o in enumerate(options)]
+    engine.waiting += scored
+    with torch.inference_mode():
+        for _ in range(10):
+            engine.step()
+            engine.check()
+            owned = engine.pool.usable - engine.pool.free
+            private = sum(len(s.blocks) - len(s.nodes) for s in engine.running)
+            assert owned == engine.tree.size + private, "an option's blocks go with its last token"
+    assert all(s.is_finished for s in scored)
+    assert engine.tree.size == len(tokens) // 4
+    assert engine.stats.prefill_tokens == len(tokens) // 4 * 4 + 4 * (len(tokens) % 4 + 8), "the prompt once"
+
+
 def test_ten_thousand_requests_leave_no_block_behind() -> None:
     """Through a pool that holds twenty at a time; every third shares a prefix, every seventh is cancelled."""
     rng = random.Random(1)
