@@ -29,7 +29,7 @@ JOBS ?= auto
 ARGS ?=
 PYTEST = $(BIN)/python -m pytest --hypothesis-seed=$(SEED)
 
-.PHONY: help demo test test-quick lint format types wheel-check bench install install-dev clean
+.PHONY: help demo test test-quick lint format types wheel-check bench bench-workloads bench-ablation install install-dev clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r t d; do printf '%-14s%s\n' "$$t" "$$d"; done
@@ -61,6 +61,14 @@ wheel-check: $(DEV) ## build the wheel and try it in an empty virtual environmen
 bench: $(BENCH)/.installed ## overhead per node beside LangGraph, Burr and Hamilton, in an environment of its own
 	@OMP_NUM_THREADS=1 $(BENCH)/bin/python benchmarks/overhead.py $(ARGS)
 
+bench-workloads: $(BENCH)/.local ## the workloads of examples/ through flowc, by hand and as LangGraph tasks
+	@OMP_NUM_THREADS=1 $(BENCH)/bin/python benchmarks/workloads.py --json benchmarks/results/workloads.json $(ARGS)
+	@$(BENCH)/bin/python benchmarks/report.py
+
+bench-ablation: $(LOCAL) ## what every pass is worth on every workload
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ablation.py --json benchmarks/results/ablation.json $(ARGS)
+	@$(BIN)/python benchmarks/report.py
+
 install: $(LOCAL) ## only the environment that `make demo` needs
 install-dev: $(DEV) ## only the environment that `make test` needs
 
@@ -90,6 +98,12 @@ $(DEV): $(LOCAL)
 $(BENCH)/.installed: pyproject.toml constraints/constraints.txt | $(BENCH)/.created
 	@echo "flowc: installing flowc and its peers into $(BENCH)"
 	@$(call PIP,$(BENCH)) --editable . --group bench
+	@touch $@
+
+$(BENCH)/.local: $(BENCH)/.installed
+	@sh constraints/torch.sh $(BENCH)/bin/python
+	@$(call PIP,$(BENCH)) --editable '.[local]'
+	@$(BENCH)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes -r constraints/embedder.txt
 	@touch $@
 
 comma := ,
