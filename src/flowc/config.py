@@ -111,6 +111,22 @@ class EmbedderConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RerankerConfig:
+    """`[reranker.NAME]`: what `Reranker("NAME")` is: a cross-encoder in a folder, or a language model of `[llm.*]`."""
+
+    model: str | None = _key(str, "the folder of a cross-encoder (relative to the file)", None)
+    llm: str | None = _key(str, "the name of a language model that is asked about each passage", None)
+    device: str | None = _key(str, "`cpu`, `cuda`, `cuda:1`", None)
+    dtype: str | None = _key(str, "precision of the weights", None, choices=("float32", "bfloat16"))
+    options: Mapping[str, Scalar] = _options()
+
+    def arguments(self) -> dict[str, Any]:
+        """The options of `flowc.backends.rerank.open_reranker(self.model, ...)`."""
+        given = {"device": self.device, "dtype": self.dtype}
+        return {key: value for key, value in given.items() if value is not None} | dict(self.options)
+
+
+@dataclass(frozen=True, slots=True)
 class RunConfig:
     """`[run]`: how plans are compiled and run where nothing else is said."""
 
@@ -130,6 +146,7 @@ class Config:
     llm: Mapping[str, LLMConfig] = field(default_factory=lambda: _EMPTY)
     index: Mapping[str, IndexConfig] = field(default_factory=lambda: _EMPTY)
     embedder: Mapping[str, EmbedderConfig] = field(default_factory=lambda: _EMPTY)
+    reranker: Mapping[str, RerankerConfig] = field(default_factory=lambda: _EMPTY)
     run: RunConfig = field(default_factory=RunConfig)
     path: Path | None = None  # the file that was read
     origins: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
@@ -141,7 +158,12 @@ class Config:
         return self.run.calibration or base / ".flowc" / "calibration.json"
 
 
-_NAMED: dict[str, type] = {"llm": LLMConfig, "index": IndexConfig, "embedder": EmbedderConfig}
+_NAMED: dict[str, type] = {
+    "llm": LLMConfig,
+    "index": IndexConfig,
+    "embedder": EmbedderConfig,
+    "reranker": RerankerConfig,
+}
 _SECTIONS: dict[str, type] = {**_NAMED, "run": RunConfig}
 
 
@@ -377,6 +399,10 @@ def _checked(kind: type[T], table: Mapping[str, Any], entry: _Entry) -> T:
     if kind is LLMConfig and table.get("model") is not None and "backend" not in table:
         table = {**table, "backend": "engine"}
     made = kind(**table)
+    if isinstance(made, RerankerConfig) and (made.model is None) == (made.llm is None):
+        name = ".".join(entry.path[:2])
+        which = "neither `model` nor `llm`" if made.model is None else "both `model` and `llm`"
+        raise _error(f"[{name}] has {which}", entry, "say `model`, a cross-encoder's folder, or `llm`, a model's name")
     if isinstance(made, LLMConfig):
         name = ".".join(entry.path[:2])
         if made.backend in ("engine", "hf") and not made.model:

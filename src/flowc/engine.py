@@ -20,6 +20,8 @@ from typing import Any
 
 from flowc.backends.embed import open_embedder
 from flowc.backends.llm.factory import open_llm
+from flowc.backends.rerank import open_reranker
+from flowc.backends.rerank.llm import LLMReranker
 from flowc.backends.vector import open_index
 from flowc.dsl.host import MapResult, set_host_factory
 from flowc.dsl.workflow import Runner
@@ -117,12 +119,21 @@ class BoundResources:
         return self._get("embedder", name, make)
 
     def reranker(self, name: str) -> Any:
-        """The reranker called `name`; only those bound by hand exist so far."""
+        """The reranker called `name`, as configured: a cross-encoder in a folder, or a language model."""
 
         def make() -> Any:
-            raise ResourceError(
-                f"no reranker is called {name!r}", code="F064", hint=f"call flowc.bind(reranker={{{name!r}: ...}})"
-            )
+            section = self.config.reranker.get(name)
+            if section is None:
+                raise ResourceError(
+                    f"no reranker is called {name!r}",
+                    code="F064",
+                    hint=f'say what it is in flowc.toml ([reranker.{name}] model = "FOLDER", or llm = "default"), '
+                    f"or call flowc.bind(reranker={{{name!r}: ...}})",
+                )
+            if section.model is not None:
+                return open_reranker(section.model, name=name, **section.arguments())
+            llm = section.llm or "default"
+            return LLMReranker(lambda: self.llm(llm), name=name)
 
         return self._get("reranker", name, make)
 
