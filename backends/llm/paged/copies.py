@@ -44,7 +44,7 @@ class Copy:
     def mark(self) -> None:
         """Notes, on the thread that launches steps, what must be over before the copy begins."""
         if self.device is not None:
-            self.after = torch.cuda.Event()
+            self.after = torch.get_device_module(self.device).Event()
             self.after.record(torch.cuda.current_stream(self.device))
 
     def run(self, blocks: int) -> bool:
@@ -148,7 +148,7 @@ class ThreadCopier:
                         return
                     job = self._jobs.popleft()
                 if job.device is not None and stream is None:
-                    stream = torch.cuda.Stream(job.device)
+                    stream = torch.get_device_module(job.device).Stream(job.device)
                 with torch.cuda.stream(stream):
                     if job.after is not None:
                         stream.wait_event(job.after)
