@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flowc.ir.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
+    from .cache import CachedEmbedder
     from .hashing import HashingEmbedder
     from .sentence import SentenceEmbedder
 
@@ -16,14 +17,20 @@ __all__ = ["open_embedder"]
 
 
 def open_embedder(
-    name_or_path: str | os.PathLike[str] = "minilm", **options: Any
-) -> SentenceEmbedder | HashingEmbedder:
+    name_or_path: str | os.PathLike[str] = "minilm", *, cache: str | os.PathLike[str] | None = None, **options: Any
+) -> SentenceEmbedder | HashingEmbedder | CachedEmbedder:
     """The embedder called "minilm" or "hashing", or the sentence encoder in a local directory.
 
-    `options` go to `SentenceEmbedder` or `HashingEmbedder`. Weights are read on first use. Raises `ConfigError` for an
-    option that the embedder does not have, `ResourceError` for a model that is not there.
+    In the folder `cache` vectors for indexes are kept by the content of their text, for later builds. `options` go to
+    `SentenceEmbedder` or `HashingEmbedder`. Weights are read on first use. Raises `ConfigError` for an option that the
+    embedder does not have, `ResourceError` for a model that is not there.
     """
     spec = os.fspath(name_or_path)
+    if cache is not None:
+        inner = open_embedder(spec, **options)
+        from .cache import CachedEmbedder
+
+        return CachedEmbedder(inner, cache)
     try:
         if spec == "minilm":
             from .minilm import MiniLMEmbedder
