@@ -338,7 +338,7 @@ class _Forms:
         if wave < 3 * len(forms):
             return forms[wave % len(forms)]
         if wave % 32 == 0:
-            losers = [form for form in forms if form != cheapest]
+            losers: list[Form] = [form for form in forms if form != cheapest]
             return losers[wave // 32 % len(losers)]
         return cheapest
 
@@ -703,7 +703,7 @@ class Lists:
         if not np.count_nonzero(scores[1:] == scores[:-1]):
             return scores[:k], ids[:k]
         batch = _Batch(query, k, None, lists[:, :nprobe], near[:, :nprobe], [nprobe], scores[None], ids[None])
-        return self._best(batch, 0, lists[0, :nprobe])
+        return self._best(batch, 0)
 
     def scan(self, searches: Sequence[ListSearch], budget: ScanBudget | None = None) -> None:
         """Scans on until every search is done or the budget is spent, everyone's nearest lists first.
@@ -743,7 +743,9 @@ class Lists:
 
         Raises `ValueError` for a search that stands there twice (one step at a time) or is one of another index.
         """
-        if len(work) > 1 and len({id(search) for search, _ in work}) < len(work):
+        if len(work) == 1 and self._run_next(*work[0]):
+            return
+        if len({id(search) for search, _ in work}) < len(work):
             raise ValueError("a search stands twice in one step")
         steps: list[tuple[ListSearch, Ranks]] = []
         for search, wanted in work:
@@ -766,6 +768,21 @@ class Lists:
             if len(fresh):
                 steps.append((search, fresh))
         self._step(steps)
+
+    def _run_next(self, search: ListSearch, ranks: Sequence[int] | I64) -> bool:
+        """Whether these are the next ranks of a search that goes on alone: then they were scanned, in little time."""
+        if not isinstance(ranks, range) or ranks.start != search.rank or search._mask is not None or ranks.step != 1:
+            return False
+        if not search.rank < ranks.stop <= search.units or search.cancelled or search.of is not self:
+            return False
+        if self.base.accelerator is not None:
+            return False
+        batch, row = search.batch, search.row
+        self._faiss.omp_set_num_threads(1)
+        lists = batch.lists[row : row + 1, ranks.start : ranks.stop]
+        self._call(batch.queries[row], lists, batch.scores[row], batch.ids[row], batch.only)
+        search._took(ranks)
+        return True
 
     def _step(self, work: list[tuple[ListSearch, Ranks]]) -> None:
         """Scans these ranks, which were not scanned before, here and on the device if there is one."""
@@ -1084,14 +1101,16 @@ class Lists:
 
     def best(self, search: ListSearch) -> tuple[F32, I64]:
         """Scores and ids of the exact best k of the lists scanned so far, by (score descending, id ascending)."""
-        return self._best(search.batch, search.row, search.lists[search.scanned])
+        return self._best(search.batch, search.row, search)
 
-    def _best(self, batch: _Batch, row: int, scanned: I64) -> tuple[F32, I64]:
+    def _best(self, batch: _Batch, row: int, search: ListSearch | None = None) -> tuple[F32, I64]:
+        """`best` of a row; all its lists were scanned where there is no `search` to ask."""
         scores, ids, k = batch.scores[row], batch.ids[row], batch.k
         order = np.lexsort((ids, -scores))
         worst = scores[order[-1]]
         if worst == scores[order[k - 1]] and worst != -np.inf:
-            scores, ids = self._as_good_as(batch, row, scanned, float(worst))
+            lists = batch.lists[row, : batch.units[row]] if search is None else search.lists[search.scanned]
+            scores, ids = self._as_good_as(batch, row, lists, float(worst))
             order = np.lexsort((ids, -scores))
         order = order[:k]
         scores, ids = scores[order], ids[order]
@@ -1109,7 +1128,7 @@ class Lists:
         if unclear:
             scores[ids < 0] = -np.inf  # FAISS has the smallest number there
         for row in unclear:
-            out[row] = self._best(batch, row, batch.lists[row, : batch.units[row]])
+            out[row] = self._best(batch, row)
         return out
 
     def _as_good_as(self, batch: _Batch, row: int, lists: I64, score: float) -> tuple[F32, I64]:
