@@ -7,11 +7,11 @@ whole workflow at once (`Pass.run`). Both leave a remark for every site, fired o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Generic, TypeVar
 
-from flowc.ir.core import Graph, Op, Region, Value
+from flowc.ir.core import Attr, Graph, Op, Region, Value, walk
 from flowc.ir.errors import Loc
 
 from .cost import CostModel
@@ -242,10 +242,57 @@ class Edits:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class Additions:
+    """What a pass puts into a workflow, by the identity of what stands there: advice, and attributes."""
+
+    at_entry: dict[int, list[Op]] = field(default_factory=dict)  # of a region
+    before: dict[int, list[Op]] = field(default_factory=dict)  # an op
+    attrs: dict[int, dict[str, Attr]] = field(default_factory=dict)  # of an op
+
+    def apply(self, region: Region) -> Region:
+        """The region with all that; the same object if there is nothing for it. Fused runs are left alone."""
+        ops: list[Op] = list(self.at_entry.get(id(region), ()))
+        for op in region.ops:
+            new = op
+            if op.regions and op.name != "fused":
+                inner = tuple(map(self.apply, op.regions))
+                if any(a is not b for a, b in zip(inner, op.regions, strict=True)):
+                    new = replace(op, regions=inner)
+            attrs = self.attrs.get(id(op))
+            if attrs is not None and any(op.attrs.get(n) != a for n, a in attrs.items()):
+                new = new.with_attrs(**attrs)
+            ops += self.before.get(id(op), ())
+            ops.append(new)
+        if len(ops) == len(region.ops) and all(a is b for a, b in zip(ops, region.ops, strict=True)):
+            return region
+        return replace(region, ops=tuple(ops))
+
+
+def next_site(graph: Graph) -> int:
+    """A number that no place of the workflow has."""
+    used = (op.attrs.get("site") for op in walk(graph.body))
+    return 1 + max((n for n in used if isinstance(n, int)), default=0)
+
+
 def with_operand(op: Op, name: str, value: Value) -> Op:
     """The op with one more keyword operand."""
     new = op.with_attrs(kw=(*op.attr("kw", ()), name))
     return replace(new, operands=(*op.operands, value))
+
+
+def map_ops(region: Region, change: Callable[[Op], Op]) -> Region:
+    """The region with every op changed, also in the regions of ops (`change` sees an op before its regions change); the
+    same object if nothing is."""
+    ops = []
+    for op in region.ops:
+        new = change(op)
+        if op.regions:
+            inner = tuple(map_ops(r, change) for r in op.regions)
+            if any(a is not b for a, b in zip(inner, op.regions, strict=True)):
+                new = replace(new, regions=inner)
+        ops.append(new)
+    return region if all(a is b for a, b in zip(ops, region.ops, strict=True)) else replace(region, ops=tuple(ops))
 
 
 def describe(op: Op) -> str:

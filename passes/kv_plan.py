@@ -36,10 +36,10 @@ from typing import ClassVar, Final
 from flowc.ir.analyses import PROMPTED, steps_to_execution
 from flowc.ir.core import Attr, Attrs, Graph, Op, Region, Value, map_region, walk
 
-from .core import Outcome, Pass, Remark, Verdict, describe
+from .core import Additions, Outcome, Pass, Remark, Verdict, describe, next_site
 from .cost import CostModel
 from .facts import LOOPS, Facts
-from .prompts import Beginnings, Slot, parts_of
+from .prompts import Beginnings, Part, Slot, own_parts, parts_of
 
 _ADVICE: Final = frozenset({"kv.hint", "kv.release", "kv.pin"})
 _CALLS: Final = frozenset({"tool", "invoke"})
@@ -54,7 +54,7 @@ class KvPlan(Pass):
     def run(self, graph: Graph, costs: CostModel) -> Outcome:
         bare = graph.with_body(map_region(graph.body, _without_advice))
         plan = _Plan(bare, costs, self.ttl_factor)
-        body = plan.region(bare.body)
+        body = plan.added.apply(bare.body)
         is_changed = body != graph.body
         remarks: list[Remark] = []
         for op, detail, gain_s in plan.told:
@@ -78,14 +78,11 @@ class _Plan:
         self.generations = steps_to_execution(graph, lambda op: op.name in PROMPTED)
         self.waits = steps_to_execution(graph)
         self.prefixes: dict[int, str] = {}  # by op: the constant beginning, where it is long enough to be kept
-        self.sites: dict[int, int] = {}
-        self.at_entry: dict[int, list[Op]] = {}
-        self.before: dict[int, list[Op]] = {}
+        self.added = Additions()
         self.told: list[tuple[Op, str, float]] = []
         self.within: dict[int, list[Op]] = {}  # by region: the prompted ops in it that have a prefix
         self.announced: dict[int, int] = {}  # by op: the steps that were said last
-        used = [op.attrs["site"] for op in walk(graph.body) if "site" in op.attrs]
-        self.next_site = 1 + max((n for n in used if isinstance(n, int)), default=0)
+        self.next_site = next_site(graph)
         self._find(graph.body)
         self._announce(graph.body)
         for op in (o for o in walk(graph.body) if id(o) in self.prefixes):
@@ -94,25 +91,9 @@ class _Plan:
             detail = f"its first {tokens:.0f} tokens are announced" if gain_s else "nothing that waits stands before it"
             self.told.append((op, detail, gain_s))
         if any(op.name in _CALLS for op in walk(graph.body)):
+            self._prompts: dict[int, list[Part]] = {}
             self._replies = {op.result.name: op for op in walk(graph.body) if op.name == "generate"}
             self._pin(graph.body, ttl_factor)
-
-    def region(self, region: Region) -> Region:
-        """The region with the advice in its place; the same object if there is none."""
-        ops: list[Op] = list(self.at_entry.get(id(region), ()))
-        for op in region.ops:
-            new = op
-            if op.regions and op.name != "fused":
-                inner = tuple(map(self.region, op.regions))
-                if any(a is not b for a, b in zip(inner, op.regions, strict=True)):
-                    new = replace(op, regions=inner)
-            if self.sites.get(id(op), op.attrs.get("site")) != op.attrs.get("site"):
-                new = new.with_attrs(site=self.sites[id(op)])
-            ops += self.before.get(id(op), ())
-            ops.append(new)
-        if len(ops) == len(region.ops) and all(a is b for a, b in zip(ops, region.ops, strict=True)):
-            return region
-        return replace(region, ops=tuple(ops))
 
     def _find(self, region: Region) -> list[Op]:
         """The ops in the region of which the prompt has a constant beginning."""
@@ -129,7 +110,7 @@ class _Plan:
         return found
 
     def _announce(self, region: Region, *, is_loop: bool = False, is_in_loop: bool = False) -> None:
-        here = self.at_entry.setdefault(id(region), [])
+        here = self.added.at_entry.setdefault(id(region), [])
         for op in self.within[id(region)]:
             steps = self.generations[id(op)] - self.generations[id(region)]
             is_next = self.waits[id(op)] == self.waits[id(region)]
@@ -140,16 +121,16 @@ class _Plan:
             if op.name == "if" and not is_in_loop:
                 for mine, other in (op.regions, reversed(op.regions)):
                     gone = [o for o in self.within[id(other)] if id(o) in self.announced]
-                    self.at_entry.setdefault(id(mine), []).extend(self._advice("kv.release", o) for o in gone)
+                    self.added.at_entry.setdefault(id(mine), []).extend(self._advice("kv.release", o) for o in gone)
             for inner in op.regions if op.name != "fused" else ():
                 self._announce(inner, is_loop=op.name in LOOPS, is_in_loop=is_in_loop or op.name in LOOPS)
 
     def _advice(self, name: str, op: Op, *operands: Value, **attrs: Attr) -> Op:
         """Advice about the op's prompt."""
-        site = self.sites.get(id(op), op.attrs.get("site"))
+        site = self.added.attrs.get(id(op), op.attrs).get("site")
         if not isinstance(site, int):
             site, self.next_site = self.next_site, self.next_site + 1
-        self.sites[id(op)] = site
+        self.added.attrs[id(op)] = {"site": site}
         given = Attrs({"resource": op.attrs["resource"], "site": site, **attrs})
         return Op(name, operands, (), given, loc=op.loc)
 
@@ -163,20 +144,31 @@ class _Plan:
 
     def _pin_history(self, continuation: Op, region: Region, made: dict[str, int], ttl_factor: float) -> None:
         """Pins prompt and reply over the calls of which the results stand behind them in a text."""
-        parts = parts_of(continuation.result, self.facts)
-        for i, part in enumerate(parts):
-            reply = self._replies.get(part.value.name) if isinstance(part, Slot) and not part.form else None
-            if reply is None or parts[:i] != parts_of(reply.operands[0], self.facts):
-                continue
-            told_at = made.get(reply.result.name, -1)
-            for later in parts[i + 1 :]:
-                at = made.get(later.value.name, -1) if isinstance(later, Slot) else -1
-                if at > told_at and region.ops[at].name in _CALLS:
-                    call = region.ops[at]
-                    ttl = self.costs.own_s(call) * ttl_factor
-                    pin = self._advice("kv.pin", reply, reply.operands[0], reply.result, ttl=ttl)
-                    self.before.setdefault(id(call), []).append(pin)
-                    tokens = 2 * self.costs["slot_tokens"]
-                    gain_s = tokens * self.costs.of(reply)["llm_s_per_prompt_token"]
-                    self.told.append((call, f"prompt and reply stay cached for {ttl:.3g} s", gain_s))
+        reply, rest = self._continued(continuation)
+        if reply is None:
             return
+        told_at = made.get(reply.result.name, -1)
+        for part in rest:
+            at = made.get(part.value.name, -1) if isinstance(part, Slot) else -1
+            if at > told_at and region.ops[at].name in _CALLS:
+                call = region.ops[at]
+                ttl = round(self.costs.own_s(call) * ttl_factor, 6)
+                pin = self._advice("kv.pin", reply, reply.operands[0], reply.result, ttl=ttl)
+                self.added.before.setdefault(id(call), []).append(pin)
+                gain_s = 2 * self.costs["slot_tokens"] * self.costs.of(reply)["llm_s_per_prompt_token"]
+                self.told.append((call, f"prompt and reply stay cached for {ttl:.3g} s", gain_s))
+
+    def _continued(self, template: Op) -> tuple[Op | None, list[Part]]:
+        """The generation of which a text begins with prompt and reply, and the parts that follow."""
+        for parts in (list(own_parts(template)), parts_of(template.result, self.facts)):
+            for i, part in enumerate(parts):
+                reply = self._replies.get(part.value.name) if isinstance(part, Slot) and not part.form else None
+                if reply is not None and parts[:i] in ([Slot(reply.operands[0])], self._prompt(reply)):
+                    return reply, parts[i + 1 :]
+        return None, []
+
+    def _prompt(self, reply: Op) -> list[Part]:
+        found = self._prompts.get(id(reply))
+        if found is None:
+            found = self._prompts[id(reply)] = parts_of(reply.operands[0], self.facts)
+        return found

@@ -28,23 +28,59 @@ from .facts import count_ops, predicted_s
 from .fold import Fold
 from .fuse_py import FusePy
 from .gain import Gain, show_s
+from .hoist import Hoist
 from .inline import Inline
+from .kv_plan import KvPlan
 from .licm import Licm
+from .lookahead import Lookahead
+from .pipeline_decode import PipelineDecode
+from .place import Place
+from .prefix_groups import PrefixGroups
 from .prune_edges import PruneEdges
+from .reorder_clusters import ReorderClusters
+from .score_only import ScoreOnly
+from .speculate import Speculate
+from .split_generate import SplitGenerate
+from .split_search import SplitSearch
 from .wavefront import Wavefront
 
 PASSES: Final[dict[str, type[Pass]]] = {
-    cls.name: cls for cls in (Inline, Fold, Cse, Dce, Licm, PruneEdges, FusePy, Wavefront)
+    cls.name: cls
+    for cls in (
+        Inline,
+        Fold,
+        Cse,
+        Dce,
+        Licm,
+        PruneEdges,
+        PipelineDecode,
+        Hoist,
+        SplitSearch,
+        Speculate,
+        ReorderClusters,
+        SplitGenerate,
+        ScoreOnly,
+        Lookahead,
+        KvPlan,
+        PrefixGroups,
+        Place,
+        FusePy,
+        Wavefront,
+    )
 }
+
+_CLEAN: Final = "inline,fold,cse,dce,licm"
+_PLAN: Final = "reorder-clusters,split-generate,score-only,lookahead,kv-plan,prefix-groups,place,fuse-py,wavefront"
 
 PIPELINES: Final[dict[int, str]] = {
     0: "",
-    1: "inline,fold,cse,dce,licm,fuse-py",
-    2: "inline,fold,cse,dce,licm,prune-edges,fuse-py,wavefront",
-    3: "inline,fold,cse,dce,licm,prune-edges,fuse-py,wavefront",
+    1: f"{_CLEAN},fuse-py",
+    2: f"{_CLEAN},prune-edges,pipeline-decode,split-search,{_PLAN}",
+    3: f"{_CLEAN},prune-edges,pipeline-decode,hoist,split-search,speculate,{_PLAN}",
 }
 """The passes of each -O level, in order. -O0 runs the workflow as written; -O1 cleans up and keeps program order; -O2
-is every exact rewrite. -O3 is -O2 until the first validated rewrite (speculation) lands; it adds those alone."""
+is every exact rewrite. -O3 adds the validated ones: work begun before it is certain that it is needed, whose result
+counts only if it is what would have been computed."""
 
 
 def pipeline(level: int) -> list[Pass]:

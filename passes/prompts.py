@@ -61,6 +61,18 @@ def parts_of(prompt: Value, facts: Facts, *, into_fused: bool = False) -> list[P
     return out
 
 
+def own_parts(template: Op) -> Iterator[Part]:
+    """The parts of a template itself."""
+    first, *segments = split_template(str(template.attrs["text"]))
+    forms = texts(template.attrs.get("formats")) or ("",) * len(template.operands)
+    if first:
+        yield first
+    for segment, slot, form in zip(segments, template.operands, forms, strict=True):
+        yield Slot(slot, form)
+        if segment:
+            yield segment
+
+
 def template_of(parts: Sequence[Part], result: Value, like: Op) -> Op:
     """A template with these parts, where `like` stands in the source."""
     segments, slots = [""], []
@@ -150,22 +162,12 @@ class Beginnings:
         if op.name != "template":
             return ""
         parts = ""
-        for part in self._outer(op):
+        for part in own_parts(op):
             if isinstance(part, str):
                 parts += part
             else:
                 return parts + (self.of(part.value, depth) if not part.form and part.value.type == TEXT else "")
         return parts
-
-    @staticmethod
-    def _outer(op: Op) -> Iterator[Part]:
-        """The parts of a template itself."""
-        first, *segments = split_template(str(op.attrs["text"]))
-        forms = texts(op.attrs.get("formats")) or ("",) * len(op.operands)
-        yield first
-        for segment, slot, form in zip(segments, op.operands, forms, strict=True):
-            yield Slot(slot, form)
-            yield segment
 
     def _invariant(self, name: str, first: Value, following: Value, depth: int) -> str:
         """The longest beginning of the first value that a turn of the loop keeps."""

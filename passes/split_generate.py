@@ -21,11 +21,12 @@ A prompt of which more is known bit by bit is prefilled bit by bit, with `llm.ex
 is known early is left to kv-plan: all programs share that.
 
 Source: Tan et al., "Towards End-to-End Optimization of LLM-based Applications with Ayo", ASPLOS 2025, prefill
-splitting, there by a regular expression on the template; Bhatia et al., "Stream2LLM", MLSys 2026, for the pieces.
+splitting, there by a regular expression on the template; "Stream2LLM", MLSys 2026, for the pieces.
 Legal when: formatting the slots of the beginning early has no effect, cannot raise and gives the same text: built-in
-immutable values, without a format specification. A generation that takes the answer of one begun ahead has none.
+immutable values, without a format specification.
 Pays when: the time that the beginning waits for the rest, or its prefill if that is shorter, is more than a turn on
-the lane; and it has at least one block of tokens more than what was prefilled before it.
+the lane; it has at least one block of tokens more than what was prefilled before it, or than the earlier prompt that
+it continues; and it is among the best few.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from flowc.ir.types import KV, TEXT
 from .core import Estimate, Match, Replacement, Rewrite, Verdict, plural, with_operand
 from .cost import CostModel
 from .facts import Facts
-from .prompts import Part, Slot, parts_of, template_of, tokens_of
+from .prompts import Part, Slot, own_parts, parts_of, template_of, tokens_of
 
 _TAKES_KV = frozenset({"generate", "choose", "parse"})
 
@@ -69,6 +70,7 @@ class _Prompt(Match):
 @dataclass(frozen=True, slots=True)
 class SplitGenerate(Rewrite[_Prompt]):
     name: ClassVar[str] = "split-generate"
+    most: int = 3  # beginnings of one prompt
 
     def match(self, graph: Graph, costs: CostModel) -> Iterator[_Prompt]:
         facts = Facts(graph, costs)
@@ -85,20 +87,19 @@ class SplitGenerate(Rewrite[_Prompt]):
                 if maker is None or region.ops[maker].name != "template":
                     continue
                 names = names or Names(names_in(graph))
-                beginnings, unsafe = _beginnings(parts_of(op.operands[0], facts), region, made, times)
+                cached = _cached(region.ops[maker], op, facts)
+                beginnings, unsafe = _beginnings(parts_of(op.operands[0], facts), cached, region, made, times)
                 yield _Prompt(op, beginnings=beginnings, begins_s=begins_s, unsafe=unsafe, names=names)
 
     def legal(self, match: _Prompt) -> Verdict:
-        if "ahead" in keyword_operands(match.op):
-            return Verdict(False, "it takes the answer of one that is begun ahead")
         if match.unsafe is not None and not any(isinstance(p, Slot) for b in match.beginnings for p in b.parts):
             return Verdict(False, f"formatting {match.unsafe.value} early may have an effect or raise")
         return Verdict(True, "what is known early is formatted without effect or error")
 
     def profit(self, match: _Prompt, costs: CostModel) -> Estimate:
         rates = costs.of(match.op)
-        gain, done = 0.0, 0.0
-        chosen = []
+        done = 0.0
+        found: list[tuple[float, _Beginning]] = []
         following = [*(b.at_s for b in match.beginnings[1:]), match.begins_s]
         for beginning, next_s in zip(match.beginnings, following, strict=False):
             tokens = sum(tokens_of(p, costs) for p in beginning.parts) - done
@@ -106,13 +107,14 @@ class SplitGenerate(Rewrite[_Prompt]):
             is_shared = all(isinstance(p, str) for p in beginning.parts)
             if is_shared or saved <= rates["substage_s"] or tokens < costs["kv_block_tokens"]:
                 continue
-            chosen.append(beginning)
-            gain += saved
+            found.append((saved, beginning))
             done += tokens
-        match.chosen = tuple(chosen)
-        if not chosen:
-            return Estimate(0.0, "nothing but constant text is known much earlier than the rest")
-        return Estimate(gain, f"{plural(len(chosen), 'beginning')} of its prompt computed early")
+        found = sorted(found, key=lambda f: f[0], reverse=True)[: self.most]
+        match.chosen = tuple(sorted((b for _, b in found), key=lambda b: len(b.parts)))
+        if not found:
+            return Estimate(0.0, "nothing new but constant text is known much earlier than the rest")
+        gain_s = sum(saved for saved, _ in found)
+        return Estimate(gain_s, f"{plural(len(found), 'beginning')} of its prompt computed early")
 
     def rewrite(self, match: _Prompt) -> Replacement:
         op, names = match.op, match.names
@@ -131,8 +133,19 @@ class SplitGenerate(Rewrite[_Prompt]):
         return Replacement((with_operand(op, "kv", kv),), moves=tuple(moves))
 
 
+def _cached(template: Op, op: Op, facts: Facts) -> int:
+    """How many of a prompt's parts are the prompt of another generation: that has computed them."""
+    first = next(own_parts(template), None)
+    if not isinstance(first, Slot) or first.form:
+        return 0
+    readers = facts.readers(first.value)
+    if not any(user is not op and user is not None and user.name in _TAKES_KV and i == 0 for user, i in readers):
+        return 0
+    return len(parts_of(first.value, facts))
+
+
 def _beginnings(
-    parts: list[Part], region: Region, made: dict[str, int], times: list[tuple[float, float]]
+    parts: list[Part], cached: int, region: Region, made: dict[str, int], times: list[tuple[float, float]]
 ) -> tuple[tuple[_Beginning, ...], Slot | None]:
     """The beginnings of a prompt that are known at different times, and the slot that may not be formatted early."""
     found: list[_Beginning] = []
@@ -141,10 +154,10 @@ def _beginnings(
         if isinstance(part, str):
             continue
         if not part.shows_safely:
-            return (*found, *_until(parts, i, at_s, where, region)), part
+            return (*found, *(_until(parts, i, at_s, where, region) if i > cached else ())), part
         maker = made.get(part.value.name, -1)
         ready_s = times[maker][1] if maker >= 0 else 0.0
-        if ready_s > at_s:
+        if ready_s > at_s and i > cached:
             found += _until(parts, i, at_s, where, region)
         at_s, where = max(at_s, ready_s), max(where, maker)
     return tuple(found), None
