@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from flowc.ir.options import Bounded, Budget
-from flowc.ir.values import Docs
+from flowc.ir.values import Conversation, Docs
 
 from .host import deliver, host
 
@@ -55,20 +55,24 @@ class LLM(Resource):
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
+        min_p: float | None = None,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         timeout: float | None = None,
     ) -> str:
         """What the model writes after `prompt`.
 
-        At most `max_tokens` tokens (default 256), greedy unless `temperature` is above 0. `timeout` is in seconds; past
-        it NodeTimeoutError is raised.
+        At most `max_tokens` tokens (default 256), greedy unless `temperature` is above 0. Then `top_k` keeps the so
+        many likeliest tokens, `top_p` the likeliest that reach this probability, `min_p` those at least so probable
+        in proportion to the likeliest; an equal `seed` gives an equal text. `timeout` is in seconds; past it
+        NodeTimeoutError is raised.
         """
         options = {
             "max_tokens": max_tokens,
             "temperature": temperature,
             "top_p": top_p,
             "top_k": top_k,
+            "min_p": min_p,
             "stop": stop,
             "seed": seed,
             "timeout": timeout,
@@ -84,17 +88,22 @@ class LLM(Resource):
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
+        min_p: float | None = None,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         timeout: float | None = None,
     ) -> str:
-        """The next message of a conversation of `{"role": ..., "content": ...}`: `generate` over its `chat_prompt`."""
+        """The next message of a conversation of `{"role": ..., "content": ...}`: `generate` over its `chat_prompt`.
+
+        A model with a chat template is given the messages in its own form.
+        """
         return self.generate(
             chat_prompt(messages),
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
+            min_p=min_p,
             stop=stop,
             seed=seed,
             timeout=timeout,
@@ -117,7 +126,8 @@ class LLM(Resource):
     ) -> M:
         """An instance of the pydantic class `model`, from JSON that the model writes after `prompt`.
 
-        The schema is appended to the prompt; text that does not validate raises pydantic's ValidationError.
+        A local model is held to the class's JSON schema token by token; any other is given the prompt as it is. Text
+        that does not validate raises pydantic's ValidationError, and RunError where `max_tokens` cut it off.
         """
         options = {
             "max_tokens": max_tokens,
@@ -130,10 +140,11 @@ class LLM(Resource):
         return result
 
 
-def chat_prompt(messages: Iterable[Message]) -> str:
+def chat_prompt(messages: Iterable[Message]) -> Conversation:
     """Messages as one prompt, a `role: content` block each, ending where the assistant speaks next."""
+    messages = list(messages)
     blocks = [f"{m['role']}: {m['content']}" for m in messages]
-    return "\n\n".join([*blocks, "assistant:"])
+    return Conversation("\n\n".join([*blocks, "assistant:"]), messages)
 
 
 chat_prompt.__flowc_pure__ = True  # type: ignore[attr-defined]

@@ -110,6 +110,7 @@ _SAMPLING = {
     "temperature": AttrSpec(_NUM, "0 is greedy"),
     "top_p": AttrSpec(_NUM, "nucleus sampling"),
     "top_k": AttrSpec(_INT, "sample among the k likeliest; 0: all"),
+    "min_p": AttrSpec(_NUM, "sample among those at least so probable in proportion to the likeliest"),
     "stop": AttrSpec(_NAMES, "texts that end the generation, not part of it"),
     "seed": AttrSpec(_INT, "makes sampling repeatable"),
 }
@@ -288,6 +289,7 @@ _PROGRAM: dict[str, OpSpec] = {
                 "temperature": ANY,
                 "top_p": ANY,
                 "top_k": INT,
+                "min_p": ANY,
                 "stop": ANY,
                 "seed": ANY,
                 "timeout": ANY,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, SupportsIndex, final, overload
 
-__all__ = ["UNDEF", "Doc", "Docs", "Undef"]
+__all__ = ["UNDEF", "Conversation", "Doc", "Docs", "Undef"]
 
 
 @final
@@ -23,6 +23,21 @@ class Undef:
 
 
 UNDEF: Final = Undef()
+
+
+class Conversation(str):
+    """A conversation as plain text. A model that has a form of its own for `messages` writes them in that instead."""
+
+    __slots__ = ("messages",)
+    messages: tuple[Mapping[str, str], ...]
+
+    def __new__(cls, text: str, messages: Iterable[Mapping[str, str]]) -> Conversation:
+        made = super().__new__(cls, text)
+        made.messages = tuple(dict(m) for m in messages)
+        return made
+
+    def __getnewargs__(self) -> tuple[str, tuple[Mapping[str, str], ...]]:
+        return str(self), self.messages
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from flowc.ir.ops import OPS, effect_of, keyword_operands
 from flowc.ir.values import UNDEF
 
 from . import pycode
-from .requests import HINTS, OPTIONS, label_of
+from .requests import HINTS, OPTIONS, label_of, schema_of
 from .symbols import Symbols, declared_limits, function_of, is_async_callable
 
 # Kinds of instructions. Up to TOOL they run on the spot.
@@ -592,6 +592,7 @@ class _Body:
             model = self.builder.symbols.symbol(
                 self.graph, str(op.attrs["model"]), op.attrs.get("ref"), op.loc, "model"
             )
+            options["schema"] = schema_of(model)
         operands = self.space.all(op.operands[:plain])
         slots = {name: self.space[op.operands[at].name] for name, at in keywords.items()}
         ahead, kv = slots.pop("ahead", None), slots.pop("kv", None)

@@ -17,7 +17,7 @@ from flowc.ir.values import UNDEF, Docs
 
 from . import pycode
 from .protocols import Embedder, LLMBackend, Reranker, Retriever
-from .requests import HINTS, LANE_OF, OPTIONS, label_of, make_request, read_answer, timeout_of, told_of
+from .requests import HINTS, LANE_OF, OPTIONS, label_of, make_request, read_answer, schema_of, timeout_of, told_of
 from .stages import split
 from .symbols import Symbols, declared_limits, function_of, is_async_callable
 from .tracebacks import chain, clean
@@ -268,12 +268,14 @@ class _Interpreter:
         tool = self.symbols.symbol(graph, name, refs[names.index(name)], op.loc, "tool")
         return self.tool(tool, (), dict(arguments), declared_limits(tool), label_of(op), op)
 
-    def asked(self, kind: str, op: Op, operands: list[Any]) -> tuple[Any, float | None]:
+    def asked(self, kind: str, op: Op, operands: list[Any], model: Any = None) -> tuple[Any, float | None]:
         """The request of an operation of this kind, and its timeout."""
         keywords = keyword_operands(op)
         plain = operands[: len(operands) - len(keywords)]
         options = {n: op.attrs[n] for n in (*OPTIONS[kind], "timeout") if op.attrs.get(n) is not None}
         options.update({name: operands[at] for name, at in keywords.items() if name not in HINTS})
+        if model is not None:
+            options["schema"] = schema_of(model)
         return make_request(kind, plain, options), timeout_of(options.get("timeout"))
 
     def each(self, graph: Graph, op: Op, operands: list[Any], env: Env) -> list[Any]:
@@ -295,9 +297,9 @@ class _Interpreter:
 
     def resource(self, graph: Graph, op: Op, kind: str, operands: list[Any]) -> Any:
         model = None
-        request, timeout = self.asked(kind, op, operands)
         if kind == "parse":
             model = self.symbols.symbol(graph, str(op.attrs["model"]), op.attrs.get("ref"), op.loc, "model")
+        request, timeout = self.asked(kind, op, operands, model)
         return self.answer(op, kind, request, timeout, model)
 
     def answer(self, op: Op, kind: str, request: Any, timeout: float | None, model: Any = None) -> Any:

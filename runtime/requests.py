@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from flowc.ir.core import Op
@@ -16,7 +18,7 @@ from .protocols import ChooseRequest, GenerateRequest, Generation, RerankRequest
 LANE_OF = {name: spec.lane for name, spec in OPS.items() if spec.has_resource}
 """Kind of operation -> the lane its resource belongs to: llm, search, embed or rerank."""
 
-_GENERATE_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "stop", "seed")
+_GENERATE_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "seed")
 OPTIONS: dict[str, tuple[str, ...]] = {
     "embed": (),
     "search": ("k", "nprobe", "where", "stop"),
@@ -88,7 +90,7 @@ def _generate(kind: str, operands: Sequence[Any], options: Mapping[str, Any], ti
         match name:
             case "max_tokens":
                 fields[name] = _count(what, value)
-            case "temperature" | "top_p":
+            case "temperature" | "top_p" | "min_p":
                 fields[name] = _number(what, value)
             case "top_k" | "seed":
                 if isinstance(value, bool) or not isinstance(value, int):
@@ -99,6 +101,8 @@ def _generate(kind: str, operands: Sequence[Any], options: Mapping[str, Any], ti
                 if not isinstance(stops, list | tuple) or not all(isinstance(s, str) for s in stops):
                     raise _wrong(what, "a str or a list of str", value)
                 fields[name] = tuple(stops)
+            case "schema":
+                fields[name] = value
             case "timeout":
                 fields["timeout_s"] = timeout_of(value)
             case "drop":
@@ -171,11 +175,36 @@ def read_answer(kind: str, request: Any, answer: Any, model: Any = None) -> Any:
                 )
             return request.options[answer]
         case "parse":
-            return parse_object(model, answer.text)
+            return parse_answer(model, request, answer)
         case "search" | "rerank":
             return answer if isinstance(answer, Docs) else Docs(answer)
         case _:
             return answer
+
+
+@lru_cache(maxsize=256)
+def schema_of(model: Any) -> str | None:
+    """The JSON schema of the pydantic class of a `parse`, for its option `schema`; None where it has none."""
+    try:
+        return json.dumps(model.model_json_schema())
+    except (
+        Exception
+    ):  # of a class that is unfinished, or that holds what JSON cannot: its own error comes when it parses
+        return None
+
+
+def parse_answer(model: Any, request: GenerateRequest, answer: Generation) -> Any:
+    """The object in an answer. Raises pydantic's ValidationError, RunError where the answer was cut off."""
+    try:
+        return parse_object(model, answer.text)
+    except ValueError as error:
+        if answer.finish_reason != "length":
+            raise
+        raise RunError(
+            f"the answer to `parse` was cut off after {answer.completion_tokens} tokens, its object incomplete",
+            hint=f"raise max_tokens (it was {request.max_tokens}), or bound the texts and lists of "
+            f"{getattr(model, '__name__', 'the model')} with max_length",
+        ) from error
 
 
 def parse_object(model: Any, text: str) -> Any:

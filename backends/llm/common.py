@@ -62,6 +62,8 @@ def check_request(request: GenerateRequest) -> InputError | None:
         return bad("temperature", "a finite number, at least 0")
     if not 0 < request.top_p <= 1:
         return bad("top_p", "above 0 and at most 1")
+    if not 0 <= request.min_p <= 1:
+        return bad("min_p", "at least 0 and at most 1")
     if request.top_k < 0:
         return bad("top_k", "at least 0 (0 sets no limit)")
     if isinstance(request.stop, str) or not all(isinstance(s, str) and s for s in request.stop):

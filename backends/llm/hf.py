@@ -27,10 +27,9 @@ import transformers
 from transformers.cache_utils import DynamicCache
 
 from flowc.ir.errors import ResourceError
-from flowc.runtime.protocols import BackendInfo, ChooseRequest, GenerateRequest, Generation, IsCancelled, OnText
+from flowc.runtime.protocols import BackendInfo, ChooseRequest, IsCancelled
 
-from .common import check_choice
-from .local import LocalBackend, LocalModel
+from .local import Choice, LocalBackend, LocalModel
 from .rows import Row
 from .sampling import pick
 
@@ -89,35 +88,12 @@ class HFBackend(LocalBackend):
 
     # Generation
 
-    def generate(
-        self,
-        requests: Sequence[GenerateRequest],
-        on_text: OnText | None = None,
-        is_cancelled: IsCancelled | None = None,
-    ) -> Sequence[Generation | Exception]:
-        """Completes every request; see `LLMBackend.generate`.
-
-        The answer is cut at the end of the model's context if `max_tokens` reaches beyond it (finish reason "length").
-        Lone surrogates in a prompt are read as U+FFFD. `completion_tokens` counts the end token or stop string too.
-        """
-        with self._lock:
+    def _complete(self, rows: list[Row], is_cancelled: IsCancelled | None) -> None:
+        rows = sorted(rows, key=lambda r: (len(r.ids), r.item))  # alike lengths share a batch: little padding
+        with self._lock, torch.inference_mode():
             self._check_open()
-            results: dict[int, Generation | Exception] = {}
-            rows = []
-            for item, request in enumerate(requests):
-                row = self.local.row(item, request, on_text)
-                if isinstance(row, Exception):
-                    results[item] = row
-                elif row.limit == 0:
-                    results[item] = Generation("", len(row.ids), 0, "length")
-                else:
-                    rows.append(row)
-            rows.sort(key=lambda r: (len(r.ids), r.item))  # alike lengths share a batch: little padding
-            with torch.inference_mode():
-                for at in range(0, len(rows), self.max_batch):
-                    self._run(rows[at : at + self.max_batch], is_cancelled)
-            results.update((row.item, row.result()) for row in rows)
-            return [results[item] for item in range(len(requests))]
+            for at in range(0, len(rows), self.max_batch):
+                self._run(rows[at : at + self.max_batch], is_cancelled)
 
     def _run(self, rows: list[Row], is_cancelled: IsCancelled | None) -> None:
         """Brings rows to their end, together if they fit into memory, else in halves."""
@@ -200,44 +176,18 @@ class HFBackend(LocalBackend):
 
     # Choice
 
-    def choose(self, requests: Sequence[ChooseRequest]) -> Sequence[int | Exception]:
-        """The option with the highest total log-probability as a continuation of its prompt, ties to the first.
-
-        The option's tokens are those of its text alone, put after the prompt's; nothing is inserted between, so a
-        prompt that ends in "Answer:" wants options such as " yes". Log-probabilities are summed and not divided by
-        length: of options that share a beginning the shorter scores at least as high, so let options differ in their
-        first words. One prefill per prompt, and one short forward for what options have beyond their first token;
-        nothing is decoded.
-        """
+    def _scores(
+        self, asked: list[Choice], requests: Sequence[ChooseRequest]
+    ) -> Iterator[tuple[int, list[float] | Exception]]:
+        """One prefill a prompt, and one short forward for what options have beyond their first token."""
+        asked = sorted(asked, key=lambda a: (len(a[1]), a[0]))
         with self._lock, torch.inference_mode():
             self._check_open()
-            results: dict[int, int | Exception] = {}
-            asked: list[tuple[int, list[int], list[list[int]]]] = []
-            for item, request in enumerate(requests):
-                error: Exception | None = check_choice(request)
-                if error is None:
-                    ids = self.local.encode(request.prompt)
-                    options = [self.local.encode(option, special=False) for option in request.options]
-                    longest = len(ids) + max(map(len, options))
-                    error = (
-                        self.local.too_long(longest)
-                        if self.local.context is not None and longest > self.local.context
-                        else None
-                    )
-                    if error is None:
-                        asked.append((item, ids, options))
-                        continue
-                results[item] = error
-            asked.sort(key=lambda a: (len(a[1]), a[0]))
             for at in range(0, len(asked), self.max_batch):
                 chunk = asked[at : at + self.max_batch]
-                for (item, _, _), outcome in zip(chunk, self._score(chunk), strict=True):
-                    results[item] = (
-                        outcome if isinstance(outcome, Exception) else max(range(len(outcome)), key=outcome.__getitem__)
-                    )
-            return [results[item] for item in range(len(requests))]
+                yield from zip((item for item, _, _ in chunk), self._score(chunk), strict=True)
 
-    def _score(self, asked: Sequence[tuple[int, list[int], list[list[int]]]]) -> list[list[float] | Exception]:
+    def _score(self, asked: Sequence[Choice]) -> list[list[float] | Exception]:
         """The total log-probability of every option of every prompt; halves the batch where memory is short."""
         try:
             if self._one_by_one:
@@ -258,7 +208,7 @@ class HFBackend(LocalBackend):
         middle = len(asked) // 2
         return self._score(asked[:middle]) + self._score(asked[middle:])
 
-    def _score_batch(self, asked: Sequence[tuple[int, list[int], list[list[int]]]]) -> Iterator[list[float]]:
+    def _score_batch(self, asked: Sequence[Choice]) -> Iterator[list[float]]:
         logits, cache, mask = self._prefill([ids for _, ids, _ in asked])
         first = torch.log_softmax(logits.float(), dim=-1)
         scores = [[float(first[i, option[0]]) for option in options] for i, (_, _, options) in enumerate(asked)]

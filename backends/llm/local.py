@@ -8,21 +8,27 @@ from __future__ import annotations
 import gc
 import os
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import transformers
 
 from flowc.ir.errors import FlowcError, ResourceError
-from flowc.runtime.protocols import GenerateRequest, OnText
+from flowc.ir.values import Conversation
+from flowc.runtime.protocols import ChooseRequest, GenerateRequest, Generation, IsCancelled, OnText
 
-from .common import check_request, plain_chat
+from .common import check_choice, check_request, plain_chat
 from .rows import Row
 
-__all__ = ["LocalBackend", "LocalModel"]
+if TYPE_CHECKING:
+    from .structured import Guide, Guides
+
+__all__ = ["Choice", "LocalBackend", "LocalModel"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -76,12 +82,16 @@ class LocalModel:
         self.end_tokens = frozenset([ends] if isinstance(ends, int) else ends or [])
         candidates = (generation.pad_token_id, self.tokenizer.pad_token_id, *sorted(self.end_tokens))
         self.pad = next((t for t in candidates if isinstance(t, int)), 0)
+        self._guides: Guides | None = None
+        self._told: set[str] = set()
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The tokens of a text, at least one. `special` adds what the tokenizer puts around a prompt.
 
-        Lone surrogates are read as U+FFFD.
+        A conversation is written by the tokenizer's chat template if it has one. Lone surrogates are read as U+FFFD.
         """
+        if isinstance(text, Conversation) and self.tokenizer.chat_template:
+            text = self.render_chat(text.messages)
         text = _SURROGATES.sub(_INCOMPLETE, text)
         bos = self.tokenizer.bos_token
         if special and bos and text.startswith(bos):
@@ -92,6 +102,23 @@ class LocalModel:
             ids = [start if start is not None else self.pad]
         return ids
 
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt for a conversation, by the tokenizer's chat template (rendered in transformers' Jinja sandbox).
+
+        Without a template the turns are written as plain text, see `plain_chat`.
+        """
+        if not self.tokenizer.chat_template:
+            return plain_chat(messages)
+        try:
+            turns = [dict(m) for m in messages]
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        except Exception as e:  # a template is a program of the model's author: it may raise anything
+            raise ResourceError(
+                f"the chat template of {self.name} refused the messages: {e}",
+                code="F066",
+                hint="many templates want the roles user and assistant in turn, some no system message",
+            ) from e
+
     def decode(self, ids: list[int]) -> str:
         """The text of tokens, special ones left out."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -101,13 +128,37 @@ class LocalModel:
         error: FlowcError | None = check_request(request)
         if error is not None:
             return error
-        ids = self.encode(request.prompt)
+        try:
+            ids = self.encode(request.prompt)
+        except ResourceError as e:  # of the chat template
+            return e
         limit = request.max_tokens
         if self.context is not None:
             if len(ids) >= self.context and limit:
                 return self.too_long(len(ids))
             limit = min(limit, max(0, self.context - len(ids)))
-        return Row(item, request, ids, limit, self.decode, on_text)
+        guide = self.guide(request.schema) if request.schema is not None else None
+        return Row(item, request, ids, limit, self.decode, on_text, guide)
+
+    def guide(self, schema: str) -> Guide | None:
+        """What holds a text to a JSON schema. None, with a warning that says why, where that cannot be done."""
+        try:
+            from .structured import Guides, SchemaError
+        except ModuleNotFoundError as e:
+            self._warn(f"{e.name} is not installed (pip install 'flowc[local]')")
+            return None
+        try:
+            if self._guides is None:
+                self._guides = Guides(self.tokenizer, self.vocab_size, self.end_tokens)
+            return self._guides.start(schema)
+        except SchemaError as e:
+            self._warn(str(e))
+            return None
+
+    def _warn(self, reason: str) -> None:
+        if reason not in self._told:
+            self._told.add(reason)
+            warnings.warn(f"{self.name} is not held to a schema: {reason}", stacklevel=2)
 
     def too_long(self, tokens: int) -> ResourceError:
         """The error for a prompt of so many tokens."""
@@ -125,7 +176,11 @@ class LocalModel:
             torch.cuda.empty_cache()
 
 
-class LocalBackend:
+Choice = tuple[int, list[int], list[list[int]]]
+"""A choice made ready: its place in the call, the tokens of its prompt, those of each option."""
+
+
+class LocalBackend(ABC):
     """The part of `LLMBackend` that does not depend on how steps are run."""
 
     kind: ClassVar[str] = "language-model"
@@ -134,6 +189,78 @@ class LocalBackend:
         self.local = local
         self.name = local.name
         self._is_closed = False
+
+    def generate(
+        self,
+        requests: Sequence[GenerateRequest],
+        on_text: OnText | None = None,
+        is_cancelled: IsCancelled | None = None,
+    ) -> Sequence[Generation | Exception]:
+        """Completes every request; see `LLMBackend.generate`.
+
+        The answer is cut at the end of the model's context if `max_tokens` reaches beyond it (finish reason "length").
+        Lone surrogates in a prompt are read as U+FFFD. `completion_tokens` counts the end token or stop string too,
+        and so does `logprobs`.
+        """
+        self._check_open()
+        results: dict[int, Generation | Exception] = {}
+        rows: list[Row] = []
+        for item, request in enumerate(requests):
+            row = self.local.row(item, request, on_text)
+            if isinstance(row, FlowcError):
+                results[item] = row
+            elif row.limit == 0:
+                results[item] = Generation("", len(row.ids), 0, "length", () if request.logprobs else None)
+            elif (error := self._too_large(len(row.ids))) is not None:
+                results[item] = error
+            else:
+                rows.append(row)
+        self._complete(rows, is_cancelled)
+        results.update((row.item, row.result()) for row in rows)
+        return [results[item] for item in range(len(requests))]
+
+    def choose(self, requests: Sequence[ChooseRequest]) -> Sequence[int | Exception]:
+        """The option with the highest total log-probability as a continuation of its prompt, ties to the first.
+
+        The option's tokens are those of its text alone, put after the prompt's; nothing is inserted between, so a
+        prompt that ends in "Answer:" wants options such as " yes". Log-probabilities are summed and not divided by
+        length: of options that share a beginning the shorter scores at least as high, so let options differ in their
+        first words. Nothing is decoded.
+        """
+        self._check_open()
+        results: dict[int, int | Exception] = {}
+        asked: list[Choice] = []
+        for item, request in enumerate(requests):
+            error: Exception | None = check_choice(request)
+            if error is None:
+                ids = self.local.encode(request.prompt)
+                options = [self.local.encode(option, special=False) for option in request.options]
+                longest = len(ids) + max(map(len, options))
+                if self.local.context is not None and longest > self.local.context:
+                    error = self.local.too_long(longest)
+                else:
+                    error = self._too_large(longest)
+            if error is None:
+                asked.append((item, ids, options))
+            else:
+                results[item] = error
+        for item, scores in self._scores(asked, requests):
+            results[item] = scores if isinstance(scores, Exception) else max(range(len(scores)), key=scores.__getitem__)
+        return [results[item] for item in range(len(requests))]
+
+    @abstractmethod
+    def _complete(self, rows: list[Row], is_cancelled: IsCancelled | None) -> None:
+        """Brings rows to their end."""
+
+    @abstractmethod
+    def _scores(
+        self, asked: list[Choice], requests: Sequence[ChooseRequest]
+    ) -> Iterable[tuple[int, list[float] | Exception]]:
+        """For every choice its place in the call and the total log-probability of every option."""
+
+    def _too_large(self, tokens: int) -> ResourceError | None:
+        """The error for so many tokens at once, where there is a limit besides the model's context."""
+        return None
 
     @property
     def context_tokens(self) -> int | None:
@@ -146,23 +273,9 @@ class LocalBackend:
         return len(self.local.encode(text))
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt for a conversation, by the tokenizer's chat template (rendered in transformers' Jinja sandbox).
-
-        Without a template the turns are written as plain text, see `plain_chat`.
-        """
+        """The prompt for a conversation; see `LocalModel.render_chat`."""
         self._check_open()
-        tokenizer = self.local.tokenizer
-        if not tokenizer.chat_template:
-            return plain_chat(messages)
-        try:
-            turns = [dict(m) for m in messages]
-            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        except Exception as e:  # a template is a program of the model's author: it may raise anything
-            raise ResourceError(
-                f"the chat template of {self.name} refused the messages: {e}",
-                code="F066",
-                hint="many templates want the roles user and assistant in turn, some no system message",
-            ) from e
+        return self.local.render_chat(messages)
 
     def batch_key(self, request: GenerateRequest) -> Hashable:
         """The same for all requests: rows keep their own parameters, so any can share a batch."""

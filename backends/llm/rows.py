@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from flowc.ir.errors import NodeTimeoutError
 from flowc.runtime.protocols import GenerateRequest, Generation, IsCancelled, OnText
 
 from .common import StopFilter
+
+if TYPE_CHECKING:
+    from .structured import Guide
 
 __all__ = ["Detokenizer", "Row"]
 
@@ -51,7 +56,10 @@ class Detokenizer:
 
 
 class Row:
-    """One request on its way through a batch."""
+    """One request on its way through a batch.
+
+    `guide` holds it to a schema: then the tokens in `forced` come next, whatever the model thinks.
+    """
 
     __slots__ = (
         "_detokenizer",
@@ -60,9 +68,12 @@ class Row:
         "deadline",
         "error",
         "finish",
+        "forced",
+        "guide",
         "ids",
         "item",
         "limit",
+        "logprobs",
         "request",
         "said",
         "seed",
@@ -77,11 +88,15 @@ class Row:
         limit: int,
         decode: Callable[[list[int]], str],
         on_text: OnText | None,
+        guide: Guide | None = None,
     ) -> None:
         self.item, self.request, self.ids, self.limit = item, request, ids, limit
         self.seed = request.seed if request.seed is not None else secrets.randbits(64)
         self.deadline = None if request.timeout_s is None else time.monotonic() + request.timeout_s
         self.tokens: list[int] = []
+        self.logprobs: list[float] = []  # of `tokens`, where they are asked for
+        self.guide = guide
+        self.forced = deque(guide.forced() if guide is not None else ())
         self.said: list[str] = []
         self.finish: str | None = None
         self.error: Exception | None = None
@@ -96,7 +111,8 @@ class Row:
     def result(self) -> Generation | Exception:
         if self.error is not None:
             return self.error
-        return Generation("".join(self.said), len(self.ids), len(self.tokens), self.finish or "cancelled")
+        logprobs = tuple(self.logprobs) if self.request.logprobs else None
+        return Generation("".join(self.said), len(self.ids), len(self.tokens), self.finish or "cancelled", logprobs)
 
     def accept(self, token: int, end_tokens: frozenset[int]) -> None:
         """Takes the next token, and finishes the row where it ends."""
@@ -104,11 +120,28 @@ class Row:
         if token in end_tokens:
             self._end("stop")
             return
+        if self.guide is not None:
+            self.guide.accept(token)
         self._say(self._stops.push(self._detokenizer.push(token)))
         if self._stops.matched is not None:
             self.finish = "stop"
+        elif self.guide is not None and self.guide.is_complete:
+            self._end("stop")
         elif len(self.tokens) >= self.limit:
             self._end("length")
+        elif self.guide is not None and not self.forced:
+            self.forced.extend(self.guide.forced())
+
+    def fast_forward(self, end_tokens: frozenset[int]) -> list[int]:
+        """Takes all tokens that are forced by now, and gives them back: their place in the model needs no decoding.
+
+        None where log-probabilities are asked for: those need the logits of every position.
+        """
+        taken: list[int] = []
+        while self.forced and not self.is_done and not self.request.logprobs:
+            taken.append(self.forced.popleft())
+            self.accept(taken[-1], end_tokens)
+        return taken
 
     def check(self, is_cancelled: IsCancelled | None) -> None:
         """Finishes the row if it was cancelled or ran out of time."""

@@ -30,13 +30,15 @@ def sample_tokens(
     temperature: Sequence[float],
     top_p: Sequence[float],
     top_k: Sequence[int],
+    min_p: Sequence[float],
     draws: Sequence[float],
 ) -> list[int]:
     """The tokens that `draws` pick from logits of shape (rows, vocab), by inverse transform, each row by its own rules.
 
     A row's logits are divided by its temperature, cut to its `top_k` likeliest tokens (0: all), then to the smallest
     set of likeliest tokens whose probabilities reach `top_p` (Holtzman et al., "The Curious Case of Neural Text
-    Degeneration", 2020, section 3.1). Tokens are taken likeliest first, the lower id first among equals.
+    Degeneration", 2020, section 3.1), and to those at least `min_p` times as probable as the likeliest (Nguyen et al.,
+    "Turning Up the Heat: Min-p Sampling", 2025, section 3). They are taken likeliest first, the lower id among equals.
     """
     vocab = logits.shape[-1]
     scale = torch.tensor(temperature, dtype=torch.float64).unsqueeze(1)
@@ -47,6 +49,8 @@ def sample_tokens(
     cumulative = probabilities.cumsum(-1)
     allowed = torch.tensor(top_p, dtype=torch.float64).unsqueeze(1)
     kept = (cumulative - probabilities < allowed).sum(-1, keepdim=True)
+    least = torch.tensor(min_p, dtype=torch.float64).unsqueeze(1) * probabilities[:, :1]
+    kept = torch.minimum(kept, (probabilities >= least).sum(-1, keepdim=True))
     kept = torch.minimum(kept, most)  # the cut tokens follow with probability 0 and must not count
     reach = cumulative.gather(1, kept - 1)
     at = torch.searchsorted(cumulative, torch.tensor(draws, dtype=torch.float64).unsqueeze(1) * reach, right=True)
@@ -55,18 +59,30 @@ def sample_tokens(
 
 
 def pick(rows: Sequence[Row], logits: torch.Tensor) -> list[int]:
-    """The next token of every row, from logits of shape (rows, vocab)."""
-    tokens: list[int] = logits.argmax(-1).tolist()
-    sampled = [i for i, row in enumerate(rows) if row.request.temperature > 0]
+    """The next token of every row, from logits of shape (rows, vocab); notes log-probabilities that are asked for."""
+    free = logits
+    for i, row in enumerate(rows):
+        allowed = row.guide.allowed() if row.guide is not None and not row.forced else None
+        if allowed is not None:
+            free = logits.clone() if free is logits else free
+            free[i].masked_fill_(~torch.from_numpy(allowed).to(free.device), -torch.inf)
+    tokens: list[int] = free.argmax(-1).tolist()
+    sampled = [i for i, row in enumerate(rows) if row.request.temperature > 0 and not row.forced]
     if sampled:
         asked = [rows[i].request for i in sampled]
         found = sample_tokens(
-            logits[sampled].float(),
+            free[sampled].float(),
             [r.temperature for r in asked],
             [r.top_p for r in asked],
             [r.top_k for r in asked],
+            [r.min_p for r in asked],
             [uniform(rows[i].seed, len(rows[i].tokens)) for i in sampled],
         )
         for i, token in zip(sampled, found, strict=True):
             tokens[i] = token
+    for i, row in enumerate(rows):
+        if row.forced:
+            tokens[i] = row.forced.popleft()
+        if row.request.logprobs:
+            row.logprobs.append(float(torch.log_softmax(logits[i].float(), dim=-1)[tokens[i]]))
     return tokens

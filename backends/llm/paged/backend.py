@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 import warnings
-from collections.abc import Hashable, Iterable, Sequence
+import weakref
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from flowc.ir.errors import FlowcError, ResourceError
-from flowc.runtime.protocols import (
-    BackendInfo,
-    ChooseRequest,
-    GenerateRequest,
-    Generation,
-    IsCancelled,
-    OnText,
-    Ticket,
-)
+from flowc.ir.errors import ResourceError
+from flowc.runtime.protocols import BackendInfo, ChooseRequest, IsCancelled, Ticket
 
-from ..common import check_choice
 from ..hf import HFBackend
-from ..local import LocalBackend, LocalModel
+from ..local import Choice, LocalBackend, LocalModel
 from ..rows import Row
 from ..sampling import pick
 from .engine import Engine
@@ -63,6 +56,7 @@ class _Generating:
 
     def accept(self, sequence: TokenSequence, token: int) -> bool:
         self.row.accept(token, self.ends)
+        sequence.tokens += self.row.fast_forward(self.ends)  # the next step computes them together
         return self.is_wanted(sequence)
 
     def targets(self, sequence: TokenSequence) -> list[int]:
@@ -167,6 +161,8 @@ class PagedBackend(LocalBackend):
             batch_invariant=batch_invariant,
             pick=_pick,
         )
+        # Also where nobody closes it: a thread that is in torch when the interpreter goes takes the process with it.
+        self._end_engine = weakref.finalize(self, self.engine.close)
 
     def info(self) -> BackendInfo:
         """What `flowc doctor` and the trace say: the model, the cache's size, the tokens computed and reused so far."""
@@ -175,69 +171,24 @@ class PagedBackend(LocalBackend):
         cache |= {n: getattr(stats, n) for n in stats.__slots__}
         return BackendInfo(self.name, self.kind, self._details() | cache)
 
-    def generate(
-        self,
-        requests: Sequence[GenerateRequest],
-        on_text: OnText | None = None,
-        is_cancelled: IsCancelled | None = None,
-    ) -> Sequence[Generation | Exception]:
-        """Completes every request; see `LLMBackend.generate`. Calls from several threads share the engine's steps.
-
-        The answer is cut at the end of the model's context if `max_tokens` reaches beyond it (finish reason "length").
-        Lone surrogates in a prompt are read as U+FFFD. `completion_tokens` counts the end token or stop string too.
-        """
-        self._check_open()
-        results: dict[int, Generation | Exception] = {}
-        rows: list[Row] = []
-        for item, request in enumerate(requests):
-            row = self.local.row(item, request, on_text)
-            if isinstance(row, FlowcError):
-                results[item] = row
-            elif row.limit == 0:
-                results[item] = Generation("", len(row.ids), 0, "length")
-            elif len(row.ids) >= self.engine.capacity_tokens:
-                results[item] = self._does_not_fit(len(row.ids))
-            else:
-                rows.append(row)
+    def _complete(self, rows: list[Row], is_cancelled: IsCancelled | None) -> None:
+        """Calls from several threads share the engine's steps. What a schema forces is prefilled, not decoded."""
         call = _Call(len(rows))
         ends = self.local.end_tokens
-        self._run(
-            call,
-            [
-                TokenSequence(
-                    list(row.ids),
-                    _Generating(row, ends, is_cancelled, call),
-                    ticket=row.request.ticket,
-                    limit=row.limit,
-                )
-                for row in rows
-            ],
-        )
-        results.update((row.item, row.result()) for row in rows)
-        return [results[item] for item in range(len(requests))]
+        sequences: list[TokenSequence] = []
+        for row in rows:
+            owner = _Generating(row, ends, is_cancelled, call)
+            tokens = row.ids + row.fast_forward(ends)
+            if row.is_done:
+                call.one_ended()
+            else:
+                sequences.append(TokenSequence(tokens, owner, ticket=row.request.ticket, limit=row.limit))
+        self._run(call, sequences)
 
-    def choose(self, requests: Sequence[ChooseRequest]) -> Sequence[int | Exception]:
-        """The option with the highest total log-probability as a continuation of its prompt; see `HFBackend.choose`.
-
-        Options are prefilled behind their prompt, which is computed once; nothing is decoded.
-        """
-        self._check_open()
-        results: dict[int, int | Exception] = {}
-        asked: list[tuple[int, list[int], list[list[int]]]] = []
-        for item, request in enumerate(requests):
-            error: Exception | None = check_choice(request)
-            if error is None:
-                ids = self.local.encode(request.prompt)
-                options = [self.local.encode(o, special=False) for o in request.options]
-                longest = len(ids) + max(map(len, options))
-                if self.local.context is not None and longest > self.local.context:
-                    error = self.local.too_long(longest)
-                elif longest >= self.engine.capacity_tokens:
-                    error = self._does_not_fit(longest)
-                else:
-                    asked.append((item, ids, options))
-                    continue
-            results[item] = error
+    def _scores(
+        self, asked: list[Choice], requests: Sequence[ChooseRequest]
+    ) -> Iterator[tuple[int, list[float] | Exception]]:
+        """Options are prefilled behind their prompt, which is computed once."""
         call = _Call(sum(len(options) for _, _, options in asked))
         scored: dict[int, list[tuple[_Scoring, TokenSequence]]] = {}
         for item, ids, options in asked:
@@ -247,8 +198,7 @@ class PagedBackend(LocalBackend):
         self._run(call, [sequence for pairs in scored.values() for _, sequence in pairs])
         for item, pairs in scored.items():
             failed = next((owner.error for owner, _ in pairs if owner.error is not None), None)
-            results[item] = failed or max(range(len(pairs)), key=lambda i: pairs[i][1].log_probability)
-        return [results[item] for item in range(len(requests))]
+            yield item, failed or [sequence.log_probability for _, sequence in pairs]
 
     def prefill(self, key: Hashable, prefix: str | Sequence[int], ticket: Ticket | None = None) -> None:
         """Computes what a prompt begins with before the prompt is known; see `PrefixCache.prefill`.
@@ -285,14 +235,16 @@ class PagedBackend(LocalBackend):
         with self._lock:
             if not self._is_closed:
                 self._is_closed = True
-                self.engine.close()
+                self._end_engine()
                 self.local.free()
 
     def _run(self, call: _Call, sequences: Iterable[TokenSequence]) -> None:
         self.engine.submit(sequences)
         call.wait()
 
-    def _does_not_fit(self, tokens: int) -> ResourceError:
+    def _too_large(self, tokens: int) -> ResourceError | None:
+        if tokens < self.engine.capacity_tokens:
+            return None
         return ResourceError(
             f"{tokens} tokens do not fit into the KV cache of {self.name}, which holds {self.engine.capacity_tokens}",
             code="F069",
@@ -300,39 +252,20 @@ class PagedBackend(LocalBackend):
         )
 
 
-def open_engine(
-    model: str | os.PathLike[str],
-    dtype: str = "float32",
-    device: str | None = None,
-    max_batch: int = 64,
-    threads: int | None = None,
-    *,
-    kv_blocks: int | None = None,
-    block_size: int = 16,
-    max_step_tokens: int = 256,
-    max_sequences: int = 32,
-    host_blocks: int = 0,
-    policy: str = "workflow",
-    batch_invariant: bool = False,
-    pack: bool | None = None,
-    revision: str | None = None,
-    name: str | None = None,
-) -> PagedBackend | HFBackend:
-    """The model on the paged engine; one that the engine refuses on `HFBackend`, with a warning that says why."""
-    local = LocalModel(model, dtype, device, threads, revision, name)
+_LOADING = tuple(inspect.signature(LocalModel).parameters)[1:]  # options of `PagedBackend` that are the model's
+
+
+def open_engine(model: str | os.PathLike[str], **options: Any) -> PagedBackend | HFBackend:
+    """The model on the paged engine; one that the engine refuses on `HFBackend`, with a warning that says why.
+
+    Takes what `PagedBackend` takes.
+    """
+    local = LocalModel(model, **{name: options.pop(name) for name in _LOADING if name in options})
     try:
-        return PagedBackend(
-            local,
-            max_batch=max_batch,
-            kv_blocks=kv_blocks,
-            block_size=block_size,
-            max_step_tokens=max_step_tokens,
-            max_sequences=max_sequences,
-            host_blocks=host_blocks,
-            policy=policy,
-            batch_invariant=batch_invariant,
-            pack=pack,
-        )
+        return PagedBackend(local, **options)
     except NotPagedError as refusal:
         warnings.warn(f"{refusal.message}; it runs through plain generation instead", stacklevel=2)
-        return HFBackend(local, max_batch=min(max_batch, 16), why=refusal.message)
+        return HFBackend(local, max_batch=min(options.get("max_batch", 16), 16), why=refusal.message)
+
+
+open_engine.__signature__ = inspect.signature(PagedBackend)  # type: ignore[attr-defined]

@@ -20,7 +20,6 @@ from flowc.backends.llm.hf import HFBackend  # noqa: E402
 from flowc.backends.llm.local import LocalModel  # noqa: E402
 from flowc.backends.llm.paged.backend import PagedBackend  # noqa: E402
 from flowc.backends.llm.paged.packed import PackedLinear, copies_fit, pack_linears  # noqa: E402
-from flowc.backends.llm.tiny import write_tiny_model  # noqa: E402
 from flowc.ir.errors import NodeTimeoutError, ResourceError  # noqa: E402
 from flowc.runtime.protocols import ChooseRequest, GenerateRequest, Generation, LLMBackend, PrefixCache, Ticket  # noqa: E402
 
@@ -32,11 +31,6 @@ PROMPTS = [
     "naïve café – 東京 🚲",
     "def f(x):\n    return x + 1\n",
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", context=512)
 
 
 @pytest.fixture(scope="module")
