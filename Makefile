@@ -32,7 +32,7 @@ PYTEST = $(BIN)/python -m pytest --hypothesis-seed=$(SEED)
 .PHONY: help demo test test-quick lint format types wheel-check bench bench-workloads bench-ablation install install-dev clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r t d; do printf '%-14s%s\n' "$$t" "$$d"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r t d; do printf '%-17s%s\n' "$$t" "$$d"; done
 
 demo: $(LOCAL) ## answer questions over the bundled documents and leave the plan as HTML
 	@$(BIN)/flowc demo
