@@ -19,7 +19,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ from .common import plain_chat, speak
 __all__ = ["RecordingBackend", "ReplayBackend"]
 
 _FIELDS = ("prompt", "max_tokens", "temperature", "top_p", "top_k", "stop", "seed")
+_RARE = {"min_p": 0.0, "schema": None, "logprobs": False}  # written where they differ from this
 _WORDS = re.compile(r"\w+|[^\w\s]")
 _CANDIDATES = 16  # recorded prompts that are compared letter by letter with an unknown one
 _COMPARED = 4000  # characters of a prompt that take part in that comparison
@@ -48,7 +49,8 @@ _COMPARED = 4000  # characters of a prompt that take part in that comparison
 def _payload(request: GenerateRequest | ChooseRequest) -> dict[str, Any]:
     if isinstance(request, ChooseRequest):
         return {"prompt": request.prompt, "options": list(request.options)}
-    return {name: list(v) if isinstance(v := getattr(request, name), tuple) else v for name in _FIELDS}
+    payload = {name: list(v) if isinstance(v := getattr(request, name), tuple) else v for name in _FIELDS}
+    return payload | {name: v for name, usual in _RARE.items() if (v := getattr(request, name)) != usual}
 
 
 def _canonical(call: str, payload: Mapping[str, Any]) -> str:
@@ -199,6 +201,8 @@ class ReplayBackend:
                 result = Generation(**row["result"])
                 if not isinstance(result.text, str):
                     raise ValueError("its text is no text")
+                if result.logprobs is not None:
+                    result = replace(result, logprobs=tuple(result.logprobs))
             else:
                 result = int(row["result"])
                 if not 0 <= result < len(payload["options"]):
@@ -240,7 +244,7 @@ class ReplayBackend:
                     on_text=on_text,
                     is_cancelled=is_cancelled,
                 )
-                out.append(said)
+                out.append(replace(said, logprobs=found.logprobs))
             except Exception as e:  # the listener's, and only this item's
                 out.append(e)
         return out

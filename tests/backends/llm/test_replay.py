@@ -18,7 +18,7 @@ from flowc.backends.llm.reader import ReaderBackend
 from flowc.backends.llm.replay import RecordingBackend, ReplayBackend
 from flowc.backends.llm.scripted import ScriptedBackend
 from flowc.ir.errors import ConfigError, InputError, ReplayMismatch, ResourceError, RunError
-from flowc.runtime.protocols import ChooseRequest, GenerateRequest, Generation, LLMBackend
+from flowc.runtime.protocols import ChooseRequest, GenerateRequest, Generation, IsCancelled, LLMBackend, OnText
 
 
 def texts(results: Sequence[Generation | Exception]) -> list[str]:
@@ -66,6 +66,32 @@ def test_round_trip_with_odd_text(tmp_path: Path) -> None:
     assert "KeyError" in str(again[6])
     assert replay.choose([ChooseRequest("plain", ("yes", "no"))]) == [1] == list(chosen[:1])
     assert isinstance(replay.choose([ChooseRequest("x", ("a", "b"))])[0], RunError)
+
+
+def test_what_few_requests_ask_for_is_part_of_a_call(tmp_path: Path) -> None:
+    class Sure(ScriptedBackend):
+        def generate(
+            self,
+            requests: Sequence[GenerateRequest],
+            on_text: OnText | None = None,
+            is_cancelled: IsCancelled | None = None,
+        ) -> Sequence[Generation | Exception]:
+            return [
+                Generation(f"{r.min_p} {r.schema}", logprobs=(-0.5, -1.0) if r.logprobs else None) for r in requests
+            ]
+
+    requests = [
+        GenerateRequest("p"),
+        GenerateRequest("p", min_p=0.1),
+        GenerateRequest("p", schema='{"type": "object"}'),
+        GenerateRequest("p", logprobs=True),
+    ]
+    with_rare = tmp_path / "calls.jsonl"
+    recorder = RecordingBackend(Sure({}), with_rare)
+    live = recorder.generate(requests)
+    recorder.close()
+    assert "min_p" not in with_rare.read_text().splitlines()[0], "older recordings stay readable"
+    assert list(ReplayBackend(with_rare).generate(requests[::-1]))[::-1] == list(live)
 
 
 @given(st.text(st.characters(codec=None), max_size=30), st.text(st.characters(codec=None), max_size=30))
