@@ -13,7 +13,9 @@
     |   |-- NodeTimeoutError    F071  also a TimeoutError
     |   |-- ProgramTimeoutError F072  also a TimeoutError
     |   |-- ReplayMismatch      F073  replay met a call that was not recorded
-    |   `-- OperationTypeError  F074  also a TypeError: an operation was given a value of the wrong type
+    |   |-- OperationTypeError  F074  also a TypeError: an operation was given a value of the wrong type
+    |   |-- AdmissionError      F075  more programs than may run and wait
+    |   `-- ClosedError         F076  the runtime is closed, or was closed while the program ran
     `-- InputError              F08x  a malformed input file or value
 
 A code never changes its meaning. `str(error)` is the whole message a user sees:
@@ -159,6 +161,26 @@ class OperationTypeError(RunError, TypeError):
     """An operation was given a value of a type that it does not take."""
 
     code = "F074"
+
+
+class AdmissionError(RunError):
+    """More programs were sent than may run and wait: send it again later.
+
+    Fails: `Runtime(..., max_programs=2, max_queued=0)` and a third `run` beside two that are under way.
+    Repaired: a larger `max_queued` lets it wait its turn; `map` never sends more than there is room for.
+    """
+
+    code = "F075"
+
+
+class ClosedError(RunError):
+    """The runtime is closed or closing: it takes no new program, and one that outlived the grace period was cancelled.
+
+    Fails: `runtime.close()`, then `runtime.run(plan, args)`.
+    Repaired: run first, then close; `close(grace_s=30)` lets what runs finish.
+    """
+
+    code = "F076"
 
 
 class InputError(FlowcError):

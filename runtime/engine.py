@@ -8,26 +8,31 @@ import itertools
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import copy_context
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
 
-from flowc.ir.errors import RunError
+from flowc.ir.errors import ClosedError, RunError
 
-from .driver import Driver, Interrupted, in_other_thread
+from .admission import Gate, Place, closed, inside
+from .driver import Driver, Interrupted, in_other_thread, timed_out
 from .lanes import Answer, Lane, ThreadPool, make_lane
 from .plan import Plan
 from .program import LaneItem, Outcome, Program
 from .reference import Resources, find_backend
-from .requests import LANE_OF, make_request, read_answer
-from .scheduling import Policy, ProgramTable, make_policy
+from .requests import LANE_OF, make_request, read_answer, schema_of
+from .scheduling import Policy, ProgramTable, make_policy, tenant
 from .trace import Trace
 from .tracebacks import clean
 
 __all__ = ["Outcome", "Resources", "Runtime"]
 
 _KINDS = {"llm": ("generate", "choose"), "search": ("search",), "embed": ("embed",), "rerank": ("rerank",)}
+
+
+POLL_S = 0.005  # between two looks whether the last program has ended
 
 
 class _ThreadLoop(threading.local):
@@ -43,6 +48,10 @@ class Runtime:
     requests go first where programs meet, by name (see `flowc.runtime.scheduling`) or as a `Policy`; `shares` are the
     weights of tenants under "fair", 1 where not named. ConfigError where there is no such policy. What may turn out not
     to be needed is begun ahead in a lane of which less than `ahead_share` is taken (0: never).
+
+    At most `max_programs` run at a time, of one tenant at most `tenants[its name]` (`tenants[""]`: of any other);
+    others wait in order of arrival. Where `max_queued` wait, more are refused with `AdmissionError`. What programs start
+    counts as part of them. A program belongs to the tenant that `flowc.runtime.scheduling.tenant` names where it starts.
     """
 
     def __init__(
@@ -55,7 +64,12 @@ class Runtime:
         policy: str | Policy = "fcfs",
         shares: Mapping[str, float] | None = None,
         ahead_share: float = 0.5,
+        max_programs: int | None = None,
+        max_queued: int | None = None,
+        tenants: Mapping[str, int] | None = None,
     ) -> None:
+        bounded = max_programs is not None or bool(tenants)
+        self.gate = Gate(max_programs, max_queued, tenants) if bounded else None
         chosen = make_policy(policy) if isinstance(policy, str) else policy
         self.table = ProgramTable(chosen, shares) if chosen is not None else None
         self.resources = resources
@@ -70,7 +84,7 @@ class Runtime:
         self._thread_loop = _ThreadLoop()
         self._loops: list[asyncio.AbstractEventLoop] = []
         self._running: set[Driver] = set()
-        self._is_closed = False
+        self._is_draining = self._is_closed = False
 
     # -- one program
     def run(
@@ -106,12 +120,63 @@ class Runtime:
         trace: Trace | None,
         on_text: Callable[[str], None] | None,
     ) -> Any:
+        if self.gate is not None and not inside.get():
+            with self._place(plan, timeout_s) as left_s:
+                return self._drive(driver, plan, args, left_s, trace, on_text)
         program = driver.start(plan, args, timeout_s=timeout_s, trace=trace or self.trace, on_text=on_text)
         if not program.is_done:
             self._drive_to_end(driver)
         if program.error is not None:
             raise program.error
         return program.value
+
+    @contextmanager
+    def _place(self, plan: Plan, timeout_s: float | None) -> Iterator[float | None]:
+        """Waits, in this thread, until the gate lets a program in; gives what is left of its time."""
+        gate = self.gate
+        assert gate is not None
+        start = time.monotonic()
+        told = threading.Event()
+        place = gate.enter(tenant.get(), told.set)
+        try:
+            if not place.is_held:
+                if not told.wait(timeout_s):
+                    raise timed_out(plan, timeout_s)
+                if not place.is_held:
+                    raise closed()
+            token = inside.set(True)
+            try:
+                yield None if timeout_s is None else max(0.0, timeout_s - (time.monotonic() - start))
+            finally:
+                inside.reset(token)
+        finally:
+            gate.leave(place)
+
+    @asynccontextmanager
+    async def _async_place(self, plan: Plan, timeout_s: float | None) -> AsyncIterator[float | None]:
+        """`_place` inside the running loop."""
+        gate = self.gate
+        assert gate is not None
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        told = asyncio.Event()
+        place = gate.enter(tenant.get(), lambda: _tell(loop, told.set))
+        try:
+            if not place.is_held:
+                try:
+                    async with asyncio.timeout(timeout_s):
+                        await told.wait()
+                except TimeoutError:
+                    raise timed_out(plan, timeout_s) from None
+                if not place.is_held:
+                    raise closed()
+            token = inside.set(True)
+            try:
+                yield None if timeout_s is None else max(0.0, timeout_s - (loop.time() - start))
+            finally:
+                inside.reset(token)
+        finally:
+            gate.leave(place)
 
     def _drive_to_end(self, driver: Driver) -> None:
         self._running.add(driver)
@@ -122,8 +187,8 @@ class Runtime:
             self._running.discard(driver)
 
     def _new_driver(self) -> Driver:
-        if self._is_closed:
-            raise RunError("the runtime is closed")
+        if self._is_closed or self._is_draining:
+            raise closed()
         return Driver(self)
 
     def _interrupt(self, driver: Driver) -> None:
@@ -147,6 +212,9 @@ class Runtime:
         trace: Trace | None,
         on_text: Callable[[str], None] | None,
     ) -> Any:
+        if self.gate is not None and not inside.get():
+            async with self._async_place(plan, timeout_s) as left_s:
+                return await self._run_async(plan, args, left_s, trace, on_text)
         loop = asyncio.get_running_loop()
         driver = self._loop_driver(loop)
         done: asyncio.Future[None] | None = None
@@ -182,7 +250,7 @@ class Runtime:
     def _loop_driver(self, loop: asyncio.AbstractEventLoop) -> Driver:
         """The one driver of a loop; it is forgotten when it has no programs, so that it keeps no loop alive."""
         driver = self._drivers.get(loop)
-        if driver is None:
+        if driver is None or self._is_draining:
             driver = self._drivers[loop] = self._new_driver()
             driver.loop = loop
         return driver
@@ -190,6 +258,50 @@ class Runtime:
     def _release(self, driver: Driver) -> None:
         if not driver.active and not driver.hooks and driver.loop is not None:
             self._drivers.pop(driver.loop, None)
+
+    def launch(
+        self,
+        plan: Plan,
+        args: Sequence[Any],
+        on_done: Callable[[Program], None],
+        *,
+        timeout_s: float | None = None,
+        trace: Trace | None = None,
+    ) -> None:
+        """Starts a program in the running loop and returns at once; `on_done` is called there when it has ended.
+
+        It costs no task: thousands may be under way. The gate counts it like any other; what is wrong with `args`, and
+        AdmissionError, are raised here.
+        """
+        if len(args) != plan.entry.n_params:
+            raise TypeError(f"workflow {plan.name} takes {plan.entry.n_params} value(s), not {len(args)}")
+        loop = asyncio.get_running_loop()
+        context = copy_context()
+        place: Place | None = None
+
+        def ended(program: Program) -> None:
+            if place is not None:
+                assert self.gate is not None
+                self.gate.leave(place)
+            on_done(program)
+            self._release(program.driver)
+
+        def start() -> None:
+            driver = self._loop_driver(loop)
+            driver.start(plan, args, timeout_s=timeout_s, trace=trace or self.trace, on_done=ended, context=context)
+            driver.end_turn()
+
+        if self.gate is not None and not inside.get():
+            context.run(inside.set, True)
+            place = self.gate.enter(tenant.get(), lambda: _tell(loop, start))
+            if not place.is_held:
+                return
+        try:
+            start()
+        except BaseException:
+            if place is not None and self.gate is not None:
+                self.gate.leave(place)
+            raise
 
     # -- many programs
     def map(
@@ -225,8 +337,12 @@ class Runtime:
     def _map(self, driver: Driver, feed: _Feed) -> None:
         driver.hooks.append(feed.admit)
         feed.admit()
-        if driver.active:
-            self._drive_to_end(driver)
+        while driver.active or feed.waits():
+            if driver.active:
+                self._drive_to_end(driver)
+            else:
+                feed.wait()
+                feed.admit()
         feed.check()
 
     async def map_async(
@@ -247,9 +363,14 @@ class Runtime:
 
         def hook() -> None:
             feed.admit()
-            if not feed.active and not done.done():
+            if not feed.active and not feed.waits() and not done.done():
                 done.set_result(None)
 
+        def placed() -> None:
+            hook()
+            driver.end_turn()
+
+        feed.on_place = lambda: _tell(loop, placed)
         driver.hooks.append(hook)
         try:
             hook()
@@ -362,6 +483,8 @@ class Runtime:
     def call(self, kind: str, resource: str, *operands: Any, model: Any = None, **options: Any) -> Any:
         """The value of one operation (`search`, `generate`, ...), through the same lanes as in workflows. Blocks."""
         options = {name: value for name, value in options.items() if value is not None}
+        if model is not None:
+            options["schema"] = schema_of(model)
         return self.submit_blocking(kind, resource, make_request(kind, operands, options), model=model)
 
     def submit_blocking(self, kind: str, resource: str, request: Any, *, model: Any = None) -> Any:
@@ -398,7 +521,7 @@ class Runtime:
             return lane
         with self._lock:
             if self._is_closed:
-                raise RunError("the runtime is closed")
+                raise closed()
             lane = self._lanes.get((kind, name))
             if lane is None:
                 backend = find_backend(self.resources, kind, name)
@@ -428,14 +551,46 @@ class Runtime:
         return loop
 
     # -- the end
-    def close(self, timeout_s: float = 5.0) -> None:
-        """Ends what is running (with RunError), the lanes' workers and the pool. Calls in progress may finish."""
+    def close(self, timeout_s: float = 5.0, *, grace_s: float = 0.0) -> None:
+        """Takes no new programs, lets those that run finish for `grace_s` seconds, then ends what is left.
+
+        A program that is ended has ClosedError, whatever it waited for. Backend calls in progress may finish within
+        `timeout_s`. A loop's own thread uses `aclose`: here its programs could not go on.
+        """
+        self._drain()
+        end = time.monotonic() + grace_s
+        while self._is_busy() and time.monotonic() < end:
+            time.sleep(POLL_S)
+        self._close(timeout_s)
+
+    async def aclose(self, timeout_s: float = 5.0, *, grace_s: float = 0.0) -> None:
+        """`close` inside a running loop, whose programs go on meanwhile."""
+        self._drain()
+        loop = asyncio.get_running_loop()
+        end = loop.time() + grace_s
+        while self._is_busy() and loop.time() < end:  # noqa: ASYNC110 - programs end in any thread
+            await asyncio.sleep(POLL_S)
+        driver = self._drivers.get(loop)
+        if driver is not None:
+            driver.cancel_all(_was_closed())
+            driver.end_turn()
+        await asyncio.to_thread(self._close, timeout_s)
+
+    def _drain(self) -> None:
+        self._is_draining = True
+        if self.gate is not None:
+            self.gate.close()
+
+    def _is_busy(self) -> bool:
+        return any(driver.active for driver in [*self._running, *self._drivers.values()])
+
+    def _close(self, timeout_s: float) -> None:
         with self._lock:
             if self._is_closed:
                 return
             self._is_closed = True
             lanes = list(self._lanes.values())
-        error = RunError("the runtime was closed while the program ran")
+        error = _was_closed()
         for driver in [*self._running, *self._drivers.values()]:
             driver.post(lambda d=driver: d.cancel_all(error))  # type: ignore[misc]
         for lane in lanes:
@@ -459,8 +614,18 @@ class Runtime:
         self.close()
 
 
+def _was_closed() -> ClosedError:
+    return ClosedError("the runtime was closed while the program ran")
+
+
+def _tell(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """Makes a call in the loop's thread, if the loop is still there."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(call)
+
+
 class _Feed:
-    """The programs of one `map`: starts one when another ends."""
+    """The programs of one `map`: starts one when another ends, and the runtime's gate lets it in."""
 
     def __init__(
         self,
@@ -487,19 +652,32 @@ class _Feed:
         self.active: dict[int, Program] = {}
         self.is_over = self.is_stopped = False
         self.failure: BaseException | None = None
+        self.gate = None if inside.get() else driver.runtime.gate
+        self.tenant = tenant.get()
+        self.on_place: Callable[[], None] = lambda: driver.post(self.admit)
+        self.places: dict[int, Place] = {}  # of programs in flight
+        self.place: Place | None = None  # of the next one: held, or waited for
+        self.told = threading.Event()
+        if self.gate is not None:
+            self.context.run(inside.set, True)
 
     def admit(self) -> None:
         """Starts programs as long as there are inputs and fewer than `concurrency` in flight."""
         while len(self.active) < self.concurrency and not self.is_over:
+            if not self._has_place():
+                return
             try:
                 index, args = next(self.inputs)
             except StopIteration:
                 self.is_over = True
+                self._give_back()
                 return
             except BaseException as error:  # the caller's iterable: the programs in flight still finish
                 self._fail(error)
                 return
             self.total = index + 1
+            if self.place is not None:
+                self.places[index], self.place = self.place, None
             ended = functools.partial(self._ended, index)
             try:
                 program = self.driver.start(
@@ -511,6 +689,8 @@ class _Feed:
                     context=self.context.copy(),
                 )
             except TypeError as error:  # too few or too many arguments
+                if (place := self.places.pop(index, None)) is not None and self.gate is not None:
+                    self.gate.leave(place)
                 self._tell(index, Outcome(None, error, 0.0))
                 continue
             if not program.is_done:
@@ -518,6 +698,9 @@ class _Feed:
 
     def _ended(self, index: int, program: Program) -> None:
         self.active.pop(index, None)
+        place = self.places.pop(index, None)
+        if place is not None and self.gate is not None:
+            self.gate.leave(place)
         error = program.error
         if isinstance(error, Interrupted) or self.is_stopped:
             return
@@ -530,6 +713,33 @@ class _Feed:
             clean(error)
         self._tell(index, Outcome(program.value, error, self.driver.now() - program.started_s))
 
+    def _has_place(self) -> bool:
+        """May one more program start? If not, `on_place` is called when it may."""
+        if self.gate is None:
+            return True
+        if self.place is None:
+            self.told.clear()
+            self.place = self.gate.enter(self.tenant, self._placed, is_patient=True)
+        elif not self.place.is_held and self.told.is_set():  # the gate was closed
+            self._fail(closed())
+        return self.place.is_held
+
+    def _placed(self) -> None:
+        self.told.set()
+        self.on_place()
+
+    def waits(self) -> bool:
+        """Does it wait for the gate?"""
+        return self.place is not None and not self.is_over
+
+    def wait(self) -> None:
+        self.told.wait()
+
+    def _give_back(self) -> None:
+        if self.place is not None and self.gate is not None:
+            self.gate.leave(self.place)
+            self.place = None
+
     def _tell(self, index: int, outcome: Outcome) -> None:
         self.outcomes[index] = outcome
         if self.on_done is not None:
@@ -541,6 +751,7 @@ class _Feed:
     def _fail(self, error: BaseException) -> None:
         """The `map` itself fails, once what is in flight has ended."""
         self.is_over = True
+        self._give_back()
         if self.failure is None:
             self.failure = error
 
@@ -550,6 +761,7 @@ class _Feed:
 
     def stop(self) -> None:
         self.is_over = self.is_stopped = True
+        self._give_back()
 
     def check(self) -> None:
         if self.failure is not None:

@@ -35,6 +35,15 @@ class Policy:
         raise NotImplementedError
 
 
+class FCFS(Policy):
+    """First come, first served. A runtime needs no table for it; this one is for who wants the accounts kept."""
+
+    name = "fcfs"
+
+    def rank(self, turn: Turn, now_s: float) -> float:
+        return 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Bands(Policy):
     """Queues 0, 1, 2, ... for requests whose service lies in [0, q), [q, g*q), [g*q, g*g*q), ...
@@ -64,7 +73,7 @@ class Bands(Policy):
     def starves(self, turn: Turn, now_s: float) -> bool:
         entry = turn.entry
         served_s = entry.service_s + turn.service_s
-        return served_s > 0.0 and entry.waited_s + turn.waiting_s(now_s) >= self.beta * served_s
+        return served_s > 0.0 and entry.unpaid_s + turn.waiting_s(now_s) >= self.beta * served_s
 
 
 class MLFQ(Bands):
@@ -95,9 +104,10 @@ class ATLAS(Bands):
 
 
 class Remaining(ATLAS):
-    """Least predicted remaining service on the critical path first; ATLAS for plans that predict poorly.
+    """Least predicted remaining service first; ATLAS for plans that predict poorly.
 
-    The two mix in one queue: both are seconds, and for the heavy-tailed lengths that cannot be predicted the
+    It is the service of all that is left, not only of the critical path: a wide program keeps others waiting by its
+    width. The two mix in one queue: both are seconds, and for the heavy-tailed lengths that cannot be predicted the
     expected rest of a program grows with what it has had.
     """
 
@@ -108,8 +118,12 @@ class Remaining(ATLAS):
         if turn.is_promoted or self.starves(turn, now_s):
             turn.is_promoted = True
             return PROMOTED
-        predicted_s = turn.remaining_s
-        return self.attained(turn) if predicted_s is None else max(0.0, predicted_s - turn.service_s)
+        if turn.remaining_s is not None:
+            return max(0.0, turn.remaining_work_s - turn.service_s)
+        # In bands, or whoever runs would at once rank behind whoever waits, and they would swap at every step.
+        mean_s = turn.entry.table.mean_service_s
+        band = self.band(self.attained(turn), mean_s)
+        return (self.quantum_s or mean_s) * self.growth ** (band - 1) if band else 0.0
 
 
 class Deadline(Remaining):
@@ -160,8 +174,8 @@ class Fair(Policy):
         return turn.entry.tenant.virtual_s
 
 
-POLICIES: dict[str, type[Policy]] = {p.name: p for p in (MLFQ, PLAS, ATLAS, Remaining, Deadline, Fair)}
-NAMES = ("fcfs", *POLICIES)
+POLICIES: dict[str, type[Policy]] = {p.name: p for p in (FCFS, MLFQ, PLAS, ATLAS, Remaining, Deadline, Fair)}
+NAMES = tuple(POLICIES)
 
 
 def make_policy(name: str) -> Policy | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
@@ -40,11 +40,13 @@ class Tenant:
 
 
 class Entry:
-    """One program. `path_s` is the longest chain of its requests' service so far, `service_s` their sum."""
+    """One program. `path_s` is the longest chain of its requests' service so far, `service_s` their sum, `waited_s`
+    what they waited; `unpaid_s` of that has not been made up for by a promotion.
+    """
 
     __slots__ = (
         "arrived_s", "deadline_s", "guesses", "live", "model", "path_s", "program", "requests", "service_s", "table",
-        "tenant", "turns", "waited_s",
+        "tenant", "turns", "unpaid_s", "waited_s",
     )  # fmt: skip
 
     def __init__(self, table: ProgramTable, program: Program, owner: Tenant, model: PathModel | None) -> None:
@@ -54,7 +56,7 @@ class Entry:
         self.model = model
         self.arrived_s = program.started_s
         self.deadline_s = program.deadline_s
-        self.service_s = self.path_s = self.waited_s = 0.0
+        self.service_s = self.path_s = self.waited_s = self.unpaid_s = 0.0
         self.requests = 0
         self.live: dict[Turn, None] = {}
         self.turns: dict[int, int] = {}
@@ -71,7 +73,8 @@ class Turn(Ticket):
     """One request's ticket: when it came, how long it has been served, what its program is expected to need still."""
 
     __slots__ = (
-        "began_s", "block", "charged_s", "entry", "index", "is_promoted", "queued_s", "ran_s", "remaining_s", "since_s",
+        "began_s", "block", "charged_s", "entry", "index", "is_promoted", "queued_s", "ran_s", "remaining_s",
+        "remaining_work_s",
     )  # fmt: skip
 
     def __init__(self, entry: Entry, frame: Frame, index: int, now_s: float) -> None:
@@ -83,7 +86,8 @@ class Turn(Ticket):
         self.began_s = entry.path_s  # the path before it
         self.charged_s = 0.0  # by an engine
         self.ran_s: float | None = None  # by the lane: the call that it was in
-        self.remaining_s: float | None = None
+        self.remaining_s: float | None = None  # on the critical path; None where that cannot be told
+        self.remaining_work_s = 0.0  # in all
         self.is_promoted = False
 
     @property
@@ -124,6 +128,7 @@ class ProgramTable:
         self._live: dict[Turn, None] = {}
         self._lock = threading.RLock()
         self._fresh_until_s = 0.0
+        self.on_leave: Callable[[Entry], None] | None = None  # told of each program that has ended
 
     def __len__(self) -> int:
         """How many programs it holds."""
@@ -146,11 +151,11 @@ class ProgramTable:
             entry.requests += 1
             model = entry.model
             if model is not None:
-                left_s = model.remaining_s(frame, index, entry.turns)
+                left_s, work_s = model.remaining(frame, index, entry.turns)
                 if entry.requests & (entry.requests - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...: enough to judge it by
                     entry.guesses.append((entry.path_s, left_s))
                 if model.is_good:
-                    turn.remaining_s = left_s
+                    turn.remaining_s, turn.remaining_work_s = model.bias * left_s, work_s
             if self.policy.by_tenant:
                 self._wake(entry.tenant)
                 entry.tenant.live[turn] = None
@@ -215,10 +220,9 @@ class ProgramTable:
             if not turn.charged_s:
                 self._serve(entry.tenant, service_s)
         entry.service_s += service_s
-        if not turn.is_promoted:  # a promotion pays off what had been waited
-            entry.waited_s += turn.waiting_s(now_s)
-        else:
-            entry.waited_s = 0.0
+        waited_s = turn.waiting_s(now_s)
+        entry.waited_s += waited_s
+        entry.unpaid_s = 0.0 if turn.is_promoted else entry.unpaid_s + waited_s
         entry.path_s = max(entry.path_s, turn.began_s + service_s)
         for other in entry.live:  # its siblings inherit what the program has had
             other.priority = self.policy.rank(other, now_s)
@@ -232,6 +236,8 @@ class ProgramTable:
             now_s = program.driver.now()
             for turn in list(entry.live):
                 self._leave(turn, now_s)
+            if self.on_leave is not None:
+                self.on_leave(entry)
             if entry.model is not None and program.error is None:
                 entry.model.ended(entry.turns, entry.guesses, entry.path_s)
 

@@ -8,7 +8,7 @@ import typer
 
 from flowc.ir.errors import FlowcError
 
-from . import calibrate, compile, doctor, index, model
+from . import calibrate, compile, doctor, index, model, simulate
 from . import run as running
 from .console import INTERRUPTED, USAGE, Failed, exit_code, interruptible, note, show_error
 from .version import show_version
@@ -34,6 +34,7 @@ app.add_typer(index.app, name="index")
 app.add_typer(model.app, name="model")
 app.command("estimate")(calibrate.estimate)
 app.command("calibrate")(calibrate.calibrate)
+app.command("simulate")(simulate.simulate)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(model.demo)
 
