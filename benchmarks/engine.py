@@ -1,7 +1,7 @@
 """The engine beside transformers on one machine, same weights, same requests; and its cache policies beside Belady's.
 
     python benchmarks/engine.py speed [--json FILE] [--repeat N] [--size small|medium] [--new N]
-    python benchmarks/engine.py cache [--json FILE]
+    python benchmarks/engine.py cache [--json FILE] [--repeat N] [--size tiny|small|medium]
 
 `speed`: 16 requests at once, greedy, float32, a Qwen2 shape with random weights. "decode": prompts of 30 to 90 tokens
 of their own. "shared": half of the requests begin with the same 512 tokens, as prompts of one RAG program do. The
@@ -10,9 +10,13 @@ continuous batching, with the settings that suit a CPU (its defaults are several
 and with packed linear layers. Variants are interleaved; wall and CPU seconds are medians with the quartiles. An engine
 starts every round with an empty cache. Answers are compared with one-by-one `generate`, token by token.
 
-`cache`: prefix blocks found on the device, by policy, for three workloads of agents with fixed prompts in a pool that
-holds part of them; "Belady" is the optimum over the same requests with the future known. A tiny model: only tokens are
-counted, and the counts do not depend on the machine.
+`cache`: three workloads of agents with fixed prompts, in a pool that holds part of them: ten in turn, four of which
+three come at once and one joins them, and eight workflows of four agents. For every policy the share of prompt tokens
+that was found on the device, and CPU seconds; "Belady" is the optimum over the same requests with the future known.
+Then what two switches of the engine do. "dedup": eight requests at once with a common context that nobody has computed
+before. "prefetch": ten agents in turn with a pause between, as for a tool, in which announced prefixes come back from
+the host; seconds to the first token. Shares and counts do not depend on the machine, seconds do; policies and switches
+are interleaved, medians with the quartiles.
 
 One thread (OMP_NUM_THREADS=1), nothing else running.
 """
@@ -268,29 +272,26 @@ def agents(workflows: int, per_workflow: int, fixed: int, varying: int, rounds: 
     return turns
 
 
-def played(turns: Sequence[Turn], policy: str, blocks: int, host_blocks: int = 0) -> dict[str, Any]:
-    """What the engine computed and reused over the turns, one at a time."""
+def played(paged: PagedModel, turns: Sequence[Turn], policy: str, blocks: int, host_blocks: int = 0) -> dict[str, Any]:
+    """What the engine computed and reused over the turns, one at a time, and in how many CPU seconds."""
     engine = Engine(
-        PagedModel(make_model("tiny"), "benchmark"),
+        paged,
         blocks=blocks + 1,
         host_blocks=host_blocks,
         policy=policy,
         max_step_tokens=512,
         costs=Costs(load_s=1e-6, token_s=1.0),
     )
+    began = time.process_time()
     for i, turn in enumerate(turns):
         engine.waiting.append(TokenSequence(list(turn.prompt), Taker(1), order=i))
         drain(engine)
         for key, prefix, steps in turn.announced:
             engine.hint(key, prefix, steps)
+    cpu_s = time.process_time() - began
     engine.close()
     total = sum(len(t.prompt) for t in turns)
-    s = engine.stats
-    return {
-        "hit_rate": round(s.reused_tokens / total, 4),
-        "loaded_blocks": s.loaded_blocks,
-        "evicted": s.evicted_blocks,
-    }
+    return {"hit_rate": round(engine.stats.reused_tokens / total, 4), "cpu_s": cpu_s}
 
 
 def belady(turns: Sequence[Turn], blocks: int, block_size: int = 16) -> float:
@@ -325,8 +326,11 @@ def belady(turns: Sequence[Turn], blocks: int, block_size: int = 16) -> float:
     return round(hits * block_size / sum(len(t.prompt) for t in turns), 4)
 
 
-def cache() -> dict[str, Any]:
-    """Hit rates by policy and workload."""
+POLICIES = ("workflow", "lru", "lfu", "slru", "pgdsf")
+
+
+def policies(paged: PagedModel, repeat: int) -> list[dict[str, Any]]:
+    """Hit rates and CPU seconds by policy and workload."""
     workloads = {
         "10 agents in turn, fixed 256, varying 32; room for 6": (agents(1, 10, 256, 32, 6), 6 * 18),
         "4 agents fan in, fixed 256, varying 32; room for 2": (agents(1, 4, 256, 32, 12, fan_in=3), 2 * 18 + 4),
@@ -335,14 +339,92 @@ def cache() -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     for name, (turns, blocks) in workloads.items():
         best = belady(turns, blocks)
+        runs: dict[str, list[dict[str, Any]]] = {p: [] for p in (*POLICIES, "workflow, host tier")}
+        for _ in range(repeat):
+            for policy, done in runs.items():
+                host_blocks = 0 if policy in POLICIES else 4 * blocks
+                done.append(played(paged, turns, policy.partition(",")[0], blocks, host_blocks))
         row: dict[str, Any] = {"work": name, "blocks": blocks, "belady": best}
-        for policy in ("workflow", "lru", "lfu", "slru", "pgdsf"):
-            row[policy] = played(turns, policy, blocks)["hit_rate"]
+        row |= {p: done[0]["hit_rate"] for p, done in runs.items()}
         row["workflow_of_belady"] = round(row["workflow"] / best, 3)
-        row["workflow, host tier"] = played(turns, "workflow", blocks, host_blocks=4 * blocks)
+        row["cpu_s"] = {p: quartiles([d["cpu_s"] for d in done]) for p, done in runs.items()}
         found.append(row)
         print(row, file=sys.stderr)
-    return {"rows": found}
+    return found
+
+
+def deduplicated(paged: PagedModel, dedup: bool) -> dict[str, Any]:
+    """Eight requests at once over a common context of 256 tokens, six times over, in steps of 1,024 tokens.
+
+    (In steps of 256 tokens, which suit a CPU, the first fills the step, and the others find its context cached.)
+    """
+    rng = random.Random(9)
+    engine = Engine(paged, blocks=400, max_step_tokens=1024, dedup=dedup)
+    began = time.process_time()
+    for _ in range(6):
+        context = [rng.randrange(2, 512) for _ in range(256)]
+        engine.waiting += [
+            TokenSequence(context + [rng.randrange(2, 512) for _ in range(16)], Taker(4), order=i, limit=4)
+            for i in range(8)
+        ]
+        drain(engine)
+    cpu_s = time.process_time() - began
+    return {"prefill_tokens": engine.stats.prefill_tokens, "steps": engine.stats.steps, "cpu_s": cpu_s}
+
+
+def prefetched(paged: PagedModel, host_blocks: int, prefetch_steps: float | None) -> dict[str, Any]:
+    """Ten agents in turn with prompts of 512 fixed and 32 varying tokens, six rounds; between them 20 ms of a tool."""
+    engine = Engine(
+        paged, blocks=5 * 34 + 1, host_blocks=host_blocks, max_step_tokens=256, prefetch_steps=prefetch_steps
+    )
+    began = time.process_time()
+    first_token: list[float] = []
+    for i, turn in enumerate(agents(1, 10, 512, 32, 6)):
+        asked = time.perf_counter()
+        engine.waiting.append(TokenSequence(list(turn.prompt), Taker(1), order=i))
+        drain(engine)
+        if i >= 10:  # after the round that computes everything for the first time
+            first_token.append(time.perf_counter() - asked)
+        for key, prefix, steps in turn.announced:
+            engine.hint(key, prefix, steps)
+        with torch.inference_mode():
+            while time.perf_counter() < asked + first_token[-1] + 0.02 if first_token else False:
+                engine.step()  # looks at hints and at copies that ended
+                time.sleep(0.001)
+    cpu_s = time.process_time() - began
+    engine.close()
+    counts = {n: getattr(engine.stats, n) for n in ("prefill_tokens", "loaded_blocks", "waits_for_load")}
+    return counts | {"first_token_s": quartiles(first_token)[1], "cpu_s": cpu_s}
+
+
+def switches(paged: PagedModel, repeat: int) -> list[dict[str, Any]]:
+    """In-flight deduplication and prefetch, on and off."""
+    variants: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
+        ("dedup", "on"): lambda: deduplicated(paged, True),
+        ("dedup", "off"): lambda: deduplicated(paged, False),
+        ("prefetch", "on"): lambda: prefetched(paged, 600, 1.0),
+        ("prefetch", "off"): lambda: prefetched(paged, 600, None),
+        ("prefetch", "no host tier"): lambda: prefetched(paged, 0, None),
+    }
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {v: [] for v in variants}
+    for _ in range(repeat):
+        for variant, run in variants.items():
+            runs[variant].append(run())
+    found: list[dict[str, Any]] = []
+    for (switch, value), done in runs.items():
+        row = {"switch": switch, "value": value, **done[0]}
+        for name in ("cpu_s", "first_token_s"):
+            if name in row:
+                row[name] = quartiles([d[name] for d in done])
+        found.append(row)
+        print(row, file=sys.stderr)
+    return found
+
+
+def cache(size: str, repeat: int) -> dict[str, Any]:
+    """All of what the cache does, over one model."""
+    paged = PagedModel(make_model(size), "benchmark")
+    return {"size": size, "rows": policies(paged, repeat), "switches": switches(paged, repeat)}
 
 
 def machine() -> dict[str, Any]:
@@ -367,7 +449,11 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     options = parser.parse_args()
     before = machine()
-    found = cache() if options.what == "cache" else speed(options.size, options.new, options.repeat)
+    found = (
+        cache(options.size, options.repeat)
+        if options.what == "cache"
+        else speed(options.size, options.new, options.repeat)
+    )
     result = {"machine": before, "load_after": machine()["load"], "repeat": options.repeat, **found}
     text = json.dumps(result, indent=1)
     if options.json is not None:
