@@ -11,8 +11,7 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,18 +22,20 @@ import numpy.typing as npt
 from flowc.ir.errors import FlowcError, ResourceError
 from flowc.ir.options import as_where
 from flowc.ir.values import Docs
+from flowc.runtime.compute import processor
 from flowc.runtime.protocols import Bounded, Budget, Embedder, ScanBudget, SearchRequest
 
 from .bm25 import WORD_SETTINGS, write_words
 from .calibrate import calibrate, stopping_gap
 from .columns import Columns
 from .confidence import confidence_of, put_first
-from .delta import INDEX_FILE, Epoch, Main, Updates, saved_epoch, write_faiss
+from .delta import INDEX_FILE, Epoch, Main, VectorUpdates, saved_epoch, write_faiss
 from .documents import Passage, embedded_text
 from .encoding import QueryEncoder, check_request
 from .graph import EF_SEARCH, new_graph
 from .scan import F32, I64, Lists, ListSearch, Selection, load_faiss
 from .store import EmbedderInfo, IndexWriter, Manifest, PassageStore, check_files, damaged
+from .updates import Updatable
 
 __all__ = [
     "IVFRetriever",
@@ -358,7 +359,7 @@ def _calibrate(lists: Lists, embedder: Embedder, passages: Sequence[Passage], np
 
 
 # ------------------------------------------------------------------------------------------------ the retriever
-class IVFRetriever:
+class IVFRetriever(Updatable):
     """A mapped vector index, searched by text or by vector. Implements `flowc.runtime.protocols.ElasticRetriever`.
 
     `embedder` may be a function that makes one; it is called at the first search by text, and its fingerprint compared
@@ -393,7 +394,7 @@ class IVFRetriever:
         except (OSError, ValueError, EOFError, IndexError) as e:
             raise damaged(self.path, f"its updates cannot be read ({e})") from e
         self._epoch.home = self
-        self._updates: Updates | None = None
+        self._updates: VectorUpdates | None = None
 
     def _main(self, manifest: Manifest) -> Main:
         """The main files of a generation, opened."""
@@ -526,12 +527,15 @@ class IVFRetriever:
     def run(self, work: Sequence[tuple[ListSearch, Sequence[int] | I64]]) -> None:
         """Scans lists by their ranks in each search; see `ElasticRetriever`. Raises F060 if the index was closed."""
         for epoch, among in self._by_epoch([search for search, _ in work]):
-            epoch.run([item for item in work if item[0] in among])
+            part = work if len(among) == len(work) else [item for item in work if item[0] in among]
+            with processor.hold():
+                epoch.run(part)
 
     def scan(self, searches: Sequence[ListSearch], budget: ScanBudget | None = None) -> None:
         """Scans on until every search is done or the budget is spent, everyone's nearest lists first."""
         for epoch, among in self._by_epoch(searches):
-            epoch.scan(among, budget)
+            with processor.hold():
+                epoch.scan(among, budget)
             if budget is not None and not all(search.done for search in among):
                 return
 
@@ -556,6 +560,8 @@ class IVFRetriever:
 
     def finish(self, search: ListSearch) -> Docs:
         """The search's result, after scanning what is left of it. Raises `CancelledError` if it was cancelled."""
+        if not search.done:
+            self.scan([search])
         return self._docs(search, *search.of.finish(search))
 
     def _docs(self, search: ListSearch, scores: F32, ids: I64) -> Docs:
@@ -583,7 +589,8 @@ class IVFRetriever:
         epoch = self.lists
         probes = min(nprobe or self.nprobe, epoch.nlist)
         k = min(k, epoch.count)
-        rows = epoch.search(queries, [k] * len(queries), [probes] * len(queries)) if k else []
+        with processor.hold():
+            rows = epoch.search(queries, [k] * len(queries), [probes] * len(queries)) if k else []
         scores = np.array([row[0] for row in rows], dtype=np.float32).reshape(len(queries), k)
         ids = np.array([row[1] for row in rows], dtype=np.int64).reshape(len(queries), k)
         return scores, ids
@@ -604,58 +611,14 @@ class IVFRetriever:
 
     # -------------------------------------------------------------------------------------------- updates
     @property
-    def updates(self) -> Updates:
-        """The writer of this index, made at the first use. Raises `ResourceError` F060 if the index was closed."""
+    def updates(self) -> VectorUpdates:
         epoch = self.lists
         with self._lock:
             if self._updates is None:
-                self._updates = Updates(
+                self._updates = VectorUpdates(
                     self.path, self.manifest, epoch, self._publish, self._main, self._embed_passages, self._fitting_rows
                 )
             return self._updates
-
-    def add(self, passages: Sequence[Passage | str], vectors: npt.NDArray[np.floating[Any]] | None = None) -> list[int]:
-        """Ids of the passages, which searches that begin from now on find; `save` puts them on the disk.
-
-        `vectors`, of shape (len(passages), dim), spares the embedding. Raises `ResourceError` and adds nothing: F060 if
-        another process writes or has changed the index, F063 for vectors that do not fit or a key that is taken.
-        """
-        return self.updates.add(passages, vectors)
-
-    def upsert(self, passages: Sequence[Passage], vectors: npt.NDArray[np.floating[Any]] | None = None) -> list[int]:
-        """New ids of the passages; each takes the place of the one with its key, where there is one. See `add`."""
-        return self.updates.add(passages, vectors, replace=True)
-
-    def delete(
-        self,
-        ids: Iterable[int] | None = None,
-        *,
-        keys: Iterable[str] | None = None,
-        where: Mapping[str, Any] | None = None,
-    ) -> int:
-        """How many passages it deletes, of these ids or keys, or that meet these conditions (see `Index.search`).
-
-        What is not there is not counted. Raises `ResourceError` F060 as `add`, F063 for a field that no passage has.
-        """
-        try:
-            conditions = as_where(where)
-        except ValueError as e:
-            raise ResourceError(str(e), code="F063") from None
-        return self.updates.delete(ids, keys, conditions)
-
-    def save(self) -> Manifest:
-        """The manifest once all updates are on the disk. Where they have become many, `compact` begins."""
-        manifest = self.updates.save()
-        if self.updates.is_due:
-            self.compact()
-        return manifest
-
-    def compact(self) -> Future[Manifest]:
-        """Writes base and updates as one, in the background; readers and searches under way are not disturbed.
-
-        Everything up to its begin is saved then. Results stay what they are, bit for bit, and so do ids.
-        """
-        return self.updates.compact()
 
     def _publish(self, epoch: Epoch, manifest: Manifest) -> None:
         epoch.home = self

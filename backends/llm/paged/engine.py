@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TypeVar
@@ -32,6 +33,7 @@ from typing import TypeVar
 import torch
 
 from flowc.ir.errors import ResourceError
+from flowc.runtime.compute import processor
 from flowc.runtime.protocols import Ticket
 
 from .attention import Layout, Span
@@ -297,9 +299,10 @@ class Engine:
         batch = self._schedule()
         if not batch:
             return False
-        begin = time.perf_counter()
-        logits = self._forward(batch)
-        seconds = time.perf_counter() - begin
+        with processor.hold(torch.get_num_threads()) if self.model.device.type == "cpu" else nullcontext():
+            begin = time.perf_counter()
+            logits = self._forward(batch)
+            seconds = time.perf_counter() - begin
         total = sum(count for _, count in batch)
         prompts = sum(count for s, count in batch if count > 1)
         if 2 * prompts >= total:
