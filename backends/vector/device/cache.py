@@ -69,7 +69,10 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """Counts since the cache was made. `wasted_bytes` were brought in for a prediction and driven out unused."""
+    """Counts since the cache was made.
+
+    `wasted_bytes` were brought in and driven out unused; `withdrawn` lists left their prediction before they came.
+    """
 
     hits: int = 0
     misses: int = 0
@@ -112,7 +115,7 @@ class ListCache:
         self._state = np.zeros(len(sizes), dtype=np.uint8)
         self._pins = np.zeros(len(sizes), dtype=np.int32)
         self._demand = np.zeros(len(sizes), dtype=np.float64)
-        self._announced = np.zeros(len(sizes), dtype=np.float64)  # the sum of the predictions' probabilities
+        self._uses = np.zeros(len(sizes), dtype=np.float64)  # expected, as `_plan` last weighed them
         self._unused = np.zeros(len(sizes), dtype=np.bool_)  # brought in and not probed since
         self._where: dict[int, I64] = {}  # list -> its pages
         self._free: list[int] = []
@@ -179,8 +182,7 @@ class ListCache:
             held = np.flatnonzero(self._state == _RESIDENT)
             if not len(held):
                 return 0.0
-            uses = self._demand[held] + self._announced[held]
-            return float((uses * self._worth(held)).min() * 1e3)
+            return float((self._uses[held] * self._worth(held)).min() * 1e3)
 
     def _worth(self, lists: I64) -> F64:
         """Seconds that one use of each list saves, per byte it takes."""
@@ -245,35 +247,40 @@ class ListCache:
         """Replaces what is predicted under the key; None takes it back."""
         with self._lock:
             old = self._predictions.pop(key, None)
-            if old is not None:
-                self._announced[old.lists] -= old.chance
             if prediction is not None:
                 self._predictions[key] = prediction
-                self._announced[prediction.lists] += prediction.chance
-            if old is None and prediction is None:
+            elif old is None:
                 return
-            np.maximum(self._announced, 0.0, out=self._announced)  # sums of what was added and taken away
-            if not self._predictions:
-                self._announced[:] = 0.0
-            before = {number for number in self._queue if self._announced[number] < self._demand[number]}
+            waited = set() if old is None else set(self._queue).intersection(old.lists.tolist())
             self._plan()
-            self._stats["withdrawn"] += len(before.difference(self._queue))
+            self._stats["withdrawn"] += len(waited.difference(self._queue))
             self._wake.set()
 
     def _density(self, number: int) -> float:
-        uses = self._demand[number] + self._announced[number]
-        return float(uses * self._worth(np.array([number]))[0])
+        return float(self._uses[number] * self._worth(np.array([number]))[0])
 
     def _plan(self) -> None:
         """Works out what should be resident, and queues what is not.
 
-        Lists are taken by value per byte until the bound is full. A list that would arrive after its search only
-        counts if to wait for it is still quicker than to scan it on the CPU: with a window w and a link of rate B, the
-        first B * w bytes are free, and each further byte costs 1 / B.
+        Lists are taken by value per byte until the bound is full. What is needed later counts for less, by how the time
+        until then compares with the time in which the link could fill the whole cache: till then others may have the
+        room. Demand is for the next search, which is the first announced one if there is any. A list that would arrive
+        after its search only counts if to wait for it is still quicker than to scan it on the CPU: with a window w and
+        a link of rate B, the first B * w bytes are free, and each further byte costs 1 / B.
         """
-        uses = self._demand + self._announced
-        some = np.flatnonzero((uses > 1e-3) & (self._pages_of > 0))
-        density = uses[some] * self._worth(some)
+        rate, now = self.device.bandwidth(), self.device.now()
+        refill_s = max(1e-6, self._limit * self.layout.chunk_bytes / rate)
+        chance = np.zeros(len(self._state))
+        due = np.full(len(self._state), math.inf)  # demand has no hurry
+        first = min((prediction.due_s for prediction in self._predictions.values()), default=now)
+        self._uses[:] = self._demand * refill_s / (refill_s + max(0.0, first - now))
+        for prediction in self._predictions.values():
+            ahead_s = max(0.0, prediction.due_s - now)
+            chance[prediction.lists] += prediction.chance
+            self._uses[prediction.lists] += prediction.chance * refill_s / (refill_s + ahead_s)
+            due[prediction.lists] = np.minimum(due[prediction.lists], prediction.due_s)
+        some = np.flatnonzero((self._uses > 1e-9) & (self._pages_of > 0))
+        density = self._uses[some] * self._worth(some)
         order = np.argsort(-density, kind="stable")
         some, density = some[order], density[order]
         taken = np.cumsum(self._pages_of[some])
@@ -285,14 +292,10 @@ class ListCache:
         if not len(absent):
             self._queue = []
             return
-        rate, now = self.device.bandwidth(), self.device.now()
         copy_s = self._pages_of[absent] * self.layout.page_bytes / rate
         ahead = sum(int(self._pages_of[number]) for number, _ in self._flying) * self.layout.page_bytes / rate
-        due = np.full(len(self._state), math.inf)  # demand has no hurry
-        for prediction in self._predictions.values():
-            due[prediction.lists] = np.minimum(due[prediction.lists], prediction.due_s)
         arrival = now + ahead + np.cumsum(copy_s)
-        saved = self._announced[absent] * self.source.sizes[absent] * self.code_s
+        saved = chance[absent] * self.source.sizes[absent] * self.code_s
         wanted = (arrival <= due[absent]) | (saved > copy_s)
         self._queue = absent[wanted][::-1].tolist()
 
@@ -347,8 +350,7 @@ class ListCache:
         loose = np.array([n for n in self._where if self._is_loose(n)], dtype=np.int64)
         if not len(loose):
             return False
-        uses = self._demand[loose] + self._announced[loose]
-        density = uses * self._worth(loose)
+        density = self._uses[loose] * self._worth(loose)
         cheap = np.argsort(density, kind="stable")
         cheap = cheap[density[cheap] * _BETTER < self._density(number)]
         held = np.cumsum([len(self._where[n]) for n in loose[cheap].tolist()])

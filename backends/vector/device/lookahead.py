@@ -10,7 +10,7 @@ Each list gets a probability from its rank among the nearest, by how much of the
 (docs/lookahead.md); the cache weighs them against demand, bytes and the time that is left.
 
 Source: Lin et al., "TeleRAG", 2025, section 3, which predicts once. Predicting again while the text is written is ours:
-on real text it takes what a prediction covers of the probed lists from 65 to 87 of 100. The mixture: Rocchio, 1971.
+on real text it takes what a prediction covers of the probed lists from 82 to 96 of 100. The mixture: Rocchio, 1971.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ WORDS = (5, 10, 20, 40, 80)  # written words after which a search is predicted a
 AHEAD = 4  # times the lists that a search probes which a prediction names
 
 # By words known of the text to come (none, then from 5, 10, 20): the probability that the search probes a list whose
-# rank among the prediction's, in units of nprobe, is below 1/4, 1/2, 1, 2 and 4.
+# rank among the prediction's, in units of nprobe, is below 1/4, 1/2, 1, 2 and 4. The mean over the two corpora of
+# benchmarks/lookahead.py; where one is off by a fifth, the order of the lists within a prediction is the same.
 CHANCES: tuple[tuple[float, ...], ...] = (
-    (0.93, 0.80, 0.60, 0.25, 0.07),
-    (0.95, 0.85, 0.65, 0.25, 0.06),
-    (0.97, 0.90, 0.70, 0.23, 0.05),
-    (0.98, 0.94, 0.78, 0.20, 0.03),
+    (0.75, 0.60, 0.42, 0.19, 0.07),
+    (0.84, 0.70, 0.48, 0.19, 0.06),
+    (0.90, 0.77, 0.55, 0.18, 0.05),
+    (0.97, 0.90, 0.65, 0.16, 0.02),
 )
 _EDGES = np.array([0.25, 0.5, 1.0, 2.0])
 _MOST = 4096  # announcements that are kept; those of callers that never release fall out

@@ -21,6 +21,7 @@ if importlib.util.find_spec("faiss") is None and not os.environ.get("CI"):
         "test_bm25.py",
         "test_bundle.py",
         "test_calibrate.py",
+        "test_confidence.py",
         "test_ivf.py",
         "test_scan.py",
         "test_store.py",

@@ -47,7 +47,9 @@ def test_on_queries_that_it_has_not_seen_it_is_right_as_often_as_it_says(lists: 
 def test_reliability_tells_a_liar() -> None:
     observed = (np.arange(1000) % 2).astype(np.float64)
     assert reliability(np.full(1000, 0.5), observed)[0] == 0.0
-    assert reliability(np.full(1000, 0.9), observed) == (pytest.approx(0.4), [(0.9, 0.5, 1000)])
+    error, bins = reliability(np.full(1000, 0.9), observed)
+    assert error == pytest.approx(0.4)
+    assert bins == [(0.9, 0.5, 1000)]
     assert reliability(observed, observed)[0] == 0.0
 
 

@@ -43,7 +43,7 @@ def random_event(rig: Rig, data: st.DataObject) -> None:
             rig.cache.announce(data.draw(st.sampled_from("ab"), label="key"), None)
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(
     data=st.data(),
     make=st.sampled_from([scattered, few_directions]),
