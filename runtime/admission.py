@@ -30,7 +30,7 @@ class Place:
 
 
 class Gate:
-    """Thread-safe. `most` programs at a time; `tenants` gives single tenants less, the key "" all that are not named."""
+    """Thread-safe. `most` programs at a time; `tenants` gives single tenants less, "" all that are not named."""
 
     def __init__(
         self, most: int | None = None, queued: int | None = None, tenants: Mapping[str, int] | None = None

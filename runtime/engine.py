@@ -50,8 +50,8 @@ class Runtime:
     to be needed is begun ahead in a lane of which less than `ahead_share` is taken (0: never).
 
     At most `max_programs` run at a time, of one tenant at most `tenants[its name]` (`tenants[""]`: of any other);
-    others wait in order of arrival. Where `max_queued` wait, more are refused with `AdmissionError`. What programs start
-    counts as part of them. A program belongs to the tenant that `flowc.runtime.scheduling.tenant` names where it starts.
+    others wait in order of arrival. Where `max_queued` wait, more are refused with `AdmissionError`. What programs
+    start counts as part of them. A program's tenant is what `flowc.runtime.scheduling.tenant` names where it starts.
     """
 
     def __init__(

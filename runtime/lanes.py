@@ -448,7 +448,7 @@ class LoopLane:
         del self.calls[task]
         if not task.cancelled():
             self.deliver(task.result())
-        self._next()
+        self.loop.call_soon(self._next)  # after what the answers lead to has been queued: it may go first
 
     async def _serve(self, batch: list[LaneItem]) -> list[Answer]:
         method = self.lane.method(batch)

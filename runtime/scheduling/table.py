@@ -152,7 +152,8 @@ class ProgramTable:
             model = entry.model
             if model is not None:
                 left_s, work_s = model.remaining(frame, index, entry.turns)
-                if entry.requests & (entry.requests - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...: enough to judge it by
+                # The 1st, 2nd, 4th, 8th, ... are enough to judge it by, once there is something to go by.
+                if entry.requests & (entry.requests - 1) == 0 and model.programs:
                     entry.guesses.append((entry.path_s, left_s))
                 if model.is_good:
                     turn.remaining_s, turn.remaining_work_s = model.bias * left_s, work_s

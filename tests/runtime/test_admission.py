@@ -100,7 +100,7 @@ def test_limits_hold_for_runs_maps_and_launches() -> None:
             tenant.set("b")
             tasks.append(asyncio.ensure_future(runtime.map_async(plan, [(f"qb{i}",) for i in range(7)])))
             await asyncio.gather(*tasks)
-            while len(ended) < 4:
+            while len(ended) < 4:  # noqa: ASYNC110
                 await asyncio.sleep(1)
             assert runtime.gate is not None
             assert (runtime.gate.held, runtime.gate.waiting) == (0, 0)
