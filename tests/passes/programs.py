@@ -47,7 +47,7 @@ class Backend:
         return [
             ValueError(f"no answer to {r.prompt[:20]!r}")
             if mix(r.prompt) % 31 == 0
-            else Generation(f"g{mix(r.prompt) % 89}")
+            else Generation("\n".join(f"g{mix(r.prompt, i) % 89}" for i in range(1 + mix(r.prompt) % 3)))
             for r in requests
         ]
 
@@ -190,8 +190,12 @@ class Maker:
             self.cell,
             self.maybe_unbound,
             self.literal_branch,
+            self.grounded,
+            self.scored,
+            self.history,
         ]
         if self.depth < 3:
+            kinds.append(self.lines)
             kinds += [self.branch, self.branch, self.loop, self.loop, self.gather, self.while_, self.try_]
         if self.callees:
             kinds.append(self.call)
@@ -270,6 +274,63 @@ class Maker:
                 self.keep(self.b.template("{}", docs))
             case _:
                 self.keep(self.b.tool(_risky, "risky", self.some(TEXT), type=TEXT))
+
+    # -- what the passes of the stage level look for
+    def grounded(self) -> None:
+        """An answer from what a search finds, of which the query may be written too; something may stand between."""
+        b, rng = self.b, self.rng
+        query = self.some(TEXT)
+        if rng.random() < 0.4:
+            query = b.generate("llm", b.template("{} {}", query, self.some(TEXT)), max_tokens=4)
+        docs = b.search("idx", query, k=rng.choice([1, 2]))
+        if rng.random() < 0.2:
+            (docs,) = self.pure("d[:1]", docs, names="d", types=[docs.type], raises=rng.random() < 0.5)
+        head = rng.choice(["", "Answer from these: ", "You are one of two clerks, and answer from the files alone. "])
+        slots = [self.some(TEXT), docs, self.some(INT)]
+        rng.shuffle(slots)
+        forms = ("", "", ":>3") if rng.random() < 0.1 else ("", "", "")
+        raises = {"raises": True} if any(forms) else {}
+        prompt = b.template(head + "{}\n{}\n{}", *slots, formats=forms, **raises)
+        sampled: dict[str, Any] = {"temperature": 0.5} if rng.random() < 0.1 else {}
+        self.keep(b.generate("llm", prompt, max_tokens=rng.choice([1, 8]), **sampled))
+
+    def scored(self) -> None:
+        (options,) = self.pure("['yes', 'no']", names="", types=[LIST])
+        prompt = self.b.template("Is this so? {}", self.some(TEXT))
+        choice = self.b.choose("llm", prompt, options)
+        flag = self.b.emit("equals", (choice,), [("eq", BOOL)], {"value": "yes"})[0]
+        if self.depth < 3 and self.rng.random() < 0.7:
+            self.branch(flag)
+
+    def history(self) -> None:
+        b = self.b
+        task = b.template("You are an agent with a single tool, and call it as often as you like. {}", self.some(TEXT))
+        reply = b.generate("llm", task, max_tokens=8)
+        found = b.tool(_shout, "shout", reply, type=TEXT, raises=self.rng.random() < 0.5)
+        self.keep(b.generate("llm", b.template("{}{}\nFOUND: {}\n", task, reply, found), max_tokens=8))
+
+    def lines(self) -> None:
+        """A loop over the lines of a generation, perhaps over what a comprehension has left of them."""
+        rng = self.rng
+        text = self.b.generate("llm", self.some(TEXT), max_tokens=16)
+        (items,) = self.pure(rng.choice(["t.splitlines()", "t.split('\\n')"]), text, names="t", types=[LIST])
+        if rng.random() < 0.2:
+            self.statement()
+        if rng.random() < 0.5:
+            with self.inside([("item", TEXT)]) as body:
+                source = rng.choice(["[s.strip()]", "[s] if len(s) % 2 else []", "[s, s]"])
+                body.yields = self.pure(source, body.params[0], names="s", types=[LIST])
+            (items,) = self.b.foreach(items, (), body.done(), collects=1)
+        with self.inside([("item", TEXT)]) as body:
+            if rng.random() < 0.3:
+                self.body(body)
+            item = body.params[0] if rng.random() < 0.8 else self.some(TEXT)
+            found = self.b.template("{}", self.b.search("idx", item, k=1))
+            body.yields = self.pure("[a]", found, names="a", types=[LIST])
+        self.next_line()
+        self.keep(*self.b.foreach(items, (), body.done(), collects=1))
+        if rng.random() < 0.5:
+            self.keep(items)
 
     def items(self) -> None:
         match self.rng.randrange(4):
@@ -502,11 +563,17 @@ class Adversary(Reference):
     """Runs regions that are not ordered in a random order that data and effects allow; items of parallel loops too.
 
     Of what fails, the first in program order counts. A plan whose meaning depends on more order than that is wrong.
+    Every guess is wrong.
     """
 
     def __init__(self, graph: Graph, resources: Any, rng: random.Random) -> None:
         super().__init__(graph, resources)
         self.rng = rng
+
+    def op(self, graph: Graph, op: Op, env: dict[str, Any]) -> Sequence[Any]:
+        if op.name == "ivf.partial":
+            return [Docs([Doc(-1, "a wrong guess")])]
+        return super().op(graph, op, env)
 
     def ops(self, graph: Graph, region: Region, env: dict[str, Any]) -> list[Any]:
         if region.ordered:

@@ -4,6 +4,7 @@ Results run op by op in program order, and in random orders that data and effect
 """
 
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given, note, settings
@@ -13,18 +14,35 @@ from flowc.ir.core import Graph
 from flowc.ir.parser import parse_graph
 from flowc.ir.printer import print_graph
 from flowc.ir.verifier import verify
-from flowc.passes import PassManager, parse_pipeline
+from flowc.passes import CostModel, PassManager, parse_pipeline, pipeline
 from flowc.passes.manager import PASSES, PIPELINES
 from tests.passes.programs import Program, in_any_order, make, planned
 
 seeds = st.integers(0, 2**32)
 
 
+WILLING = CostModel(
+    {
+        "substage_s": 1e-9,
+        "kv_block_tokens": 1.0,
+        "waste": 0.0,
+        "h2d_bytes_per_s": 1e10,
+        "device_scan_bytes_per_s": 1e12,
+        "probe_bytes": 1e8,
+        "index_bytes": 1e10,
+        "device_bytes": 1e9,
+    }
+)
+"""With these costs every rewrite pays that may happen at all."""
+
+
 def check(program: Program, passes: str, seed: int) -> Graph:
     before = program.run(program.graph)
-    result = PassManager(parse_pipeline(passes), verify_each=True).run(program.graph).graph
+    costs = WILLING if seed % 2 else CostModel()
+    result = PassManager(parse_pipeline(passes), verify_each=True, costs=costs).run(program.graph).graph
     if "," not in passes:
-        assert PassManager(parse_pipeline(passes)).run(result).graph == result, "a second time changes nothing"
+        again = PassManager(parse_pipeline(passes), costs=costs).run(result).graph
+        assert again == result, "a second time changes nothing"
     note(f"passes: {passes}\n{print_graph(program.graph)}\n{print_graph(result)}")
     assert program.run(result) == before
     assert program.run(result, in_any_order(random.Random(seed))) == before
@@ -44,6 +62,13 @@ def test_the_programs_are_worth_running() -> None:
         raised += bool(shown.error)
         wrote += bool(shown.logged)
     assert min(returned, raised, wrote) >= 30, (returned, raised, wrote)
+
+
+def test_every_pass_finds_something_to_do() -> None:
+    manager = PassManager(pipeline(3), costs=WILLING)
+    runs = [manager.run(make(random.Random(seed), size=12).graph) for seed in range(200)]
+    fired = Counter(name for run in runs for name in {r.pass_name for r in run.remarks if r.fired})
+    assert min(fired[name] for name in PASSES) >= 5, fired
 
 
 @pytest.mark.parametrize("name", PASSES)
