@@ -71,7 +71,7 @@ class Prediction:
 class CacheStats:
     """Counts since the cache was made.
 
-    `wasted_bytes` were brought in and driven out unused; `withdrawn` lists left their prediction before they came.
+    `wasted_bytes` were brought in and driven out unused; `withdrawn` lists were waiting and then not wanted any more.
     """
 
     hits: int = 0
@@ -108,6 +108,7 @@ class ListCache:
         layout = Layout(source.dim, source.dtype, page, 1, largest, source.is_l2)
         self.device = device
         self.source = source
+        self.failure: Exception | None = None  # the device's error after which nothing was brought in any more
         self.code_s = code_s  # what the CPU takes to scan one vector; measured as searches run
         self.layout = replace(layout, chunk=max(1, bound_bytes // layout.page_bytes // chunks))
         self._pages_of: I64 = -(-sizes // page)
@@ -123,7 +124,7 @@ class ListCache:
         self._limit = 0  # chunks that the bound allows
         self._flying: list[tuple[int, Transfer]] = []
         self._queue: list[int] = []  # next to be brought in last
-        self._target = np.zeros(len(sizes), dtype=np.bool_)
+        self._changed = False  # since `_plan`
         self._predictions: dict[Hashable, Prediction] = {}
         self._stats = dict.fromkeys(CacheStats.__slots__, 0)
         self._closed = False
@@ -251,9 +252,7 @@ class ListCache:
                 self._predictions[key] = prediction
             elif old is None:
                 return
-            waited = set() if old is None else set(self._queue).intersection(old.lists.tolist())
-            self._plan()
-            self._stats["withdrawn"] += len(waited.difference(self._queue))
+            self._changed = True
             self._wake.set()
 
     def _density(self, number: int) -> float:
@@ -268,6 +267,7 @@ class ListCache:
         after its search only counts if to wait for it is still quicker than to scan it on the CPU: with a window w and
         a link of rate B, the first B * w bytes are free, and each further byte costs 1 / B.
         """
+        self._changed, waited = False, self._queue
         rate, now = self.device.bandwidth(), self.device.now()
         refill_s = max(1e-6, self._limit * self.layout.chunk_bytes / rate)
         chance = np.zeros(len(self._state))
@@ -286,18 +286,15 @@ class ListCache:
         taken = np.cumsum(self._pages_of[some])
         fits = taken <= self._limit * self.layout.chunk
         some = some[fits]
-        self._target[:] = False
-        self._target[some] = True
         absent = some[self._state[some] == _ABSENT]
-        if not len(absent):
-            self._queue = []
-            return
         copy_s = self._pages_of[absent] * self.layout.page_bytes / rate
         ahead = sum(int(self._pages_of[number]) for number, _ in self._flying) * self.layout.page_bytes / rate
         arrival = now + ahead + np.cumsum(copy_s)
         saved = chance[absent] * self.source.sizes[absent] * self.code_s
         wanted = (arrival <= due[absent]) | (saved > copy_s)
         self._queue = absent[wanted][::-1].tolist()
+        left = set(waited).difference(self._queue)
+        self._stats["withdrawn"] += sum(bool(self._state[number] == _ABSENT) for number in left)
 
     # -------------------------------------------------------------------------------------------- transfers
     def pump(self) -> None:
@@ -306,6 +303,8 @@ class ListCache:
             if self._closed:
                 return
             self._land()
+            if self._changed:
+                self._plan()
             self._shrink()
             while self._queue:
                 number = self._queue[-1]
@@ -376,7 +375,13 @@ class ListCache:
     def _work(self) -> None:
         """The thread that moves transfers on."""
         while not self._closed:
-            self.pump()
+            try:
+                self.pump()
+            except Exception as e:  # the device is of no use any more, and nothing needs it
+                with self._lock:
+                    self.failure, self._closed = e, True
+                    self._state[:] = _ABSENT
+                return
             with self._lock:
                 flying = bool(self._flying)
             if flying:
@@ -422,9 +427,8 @@ class ListCache:
                 ("missed_codes", codes - hit_codes),
             ):
                 self._stats[name] += value
-            self._plan()
-            if self._queue:
-                self._wake.set()
+            self._changed = True
+            self._wake.set()
 
     def learn(self, codes: int, seconds: float) -> None:
         """Takes in how long the CPU took to scan so many vectors."""

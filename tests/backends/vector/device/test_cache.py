@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowc.backends.vector.device.cache import Prediction
-from flowc.backends.vector.device.devices import name_of
+from flowc.backends.vector.device.devices import I64, Codes, name_of
 from flowc.backends.vector.device.simulated import SimulatedDevice, VirtualTime
 from tests.backends.vector.device.rig import Rig, rows, scattered
 
@@ -208,3 +208,19 @@ def test_a_simulated_device_repeats_with_its_seed() -> None:
         return [*out, it.device.bandwidth()]
 
     assert run(1) == run(1) != run(2)
+
+
+class Broken(SimulatedDevice):
+    def copy(self, pages: I64, codes: Codes, name: int) -> None:
+        raise RuntimeError("the device is gone")
+
+
+def test_a_link_that_fails_ends_the_cache_and_no_search() -> None:
+    it = rig(share=2.0, device=Broken(), threads=True)
+    it.announce("a", range(10))
+    assert it.cache._thread is not None
+    it.cache._thread.join(10)
+    assert str(it.cache.failure) == "the device is gone"
+    query = scattered(1, 2)
+    assert rows(it.lists.search(query, [5], [10])[0]) == rows(it.plain.search(query, [5], [10])[0])
+    it.cache.close()
