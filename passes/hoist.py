@@ -75,6 +75,7 @@ class _Early(Match):
 @dataclass(frozen=True, slots=True)
 class Hoist(Rewrite[_Early]):
     name: ClassVar[str] = "hoist"
+    on_trial: ClassVar[bool] = True
 
     def match(self, graph: Graph, costs: CostModel) -> Iterator[_Early]:
         if not any(op.name == "if" for op in walk(graph.body)):

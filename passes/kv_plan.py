@@ -49,6 +49,7 @@ _ALWAYS = Verdict(True, "advice changes when things happen, never what")
 @dataclass(frozen=True, slots=True)
 class KvPlan(Pass):
     name: ClassVar[str] = "kv-plan"
+    on_trial: ClassVar[bool] = True
     ttl_factor: float = 4.0  # a history is pinned for so many times what the tool takes on average
 
     def run(self, graph: Graph, costs: CostModel) -> Outcome:

@@ -59,6 +59,7 @@ class _Wait:
 @dataclass(frozen=True, slots=True)
 class Lookahead(Pass):
     name: ClassVar[str] = "lookahead"
+    on_trial: ClassVar[bool] = True
 
     def run(self, graph: Graph, costs: CostModel) -> Outcome:
         facts = Facts(graph, costs)

@@ -67,6 +67,7 @@ class _Pipeline(Match):
 @dataclass(frozen=True, slots=True)
 class PipelineDecode(Rewrite[_Pipeline]):
     name: ClassVar[str] = "pipeline-decode"
+    on_trial: ClassVar[bool] = True
 
     def match(self, graph: Graph, costs: CostModel) -> Iterator[_Pipeline]:
         facts = Facts(graph, costs)

@@ -45,6 +45,7 @@ _ALWAYS = Verdict(True, "it only says what begins alike")
 @dataclass(frozen=True, slots=True)
 class PrefixGroups(Pass):
     name: ClassVar[str] = "prefix-groups"
+    on_trial: ClassVar[bool] = True
 
     def run(self, graph: Graph, costs: CostModel) -> Outcome:
         beginnings = Beginnings(graph, Facts(graph, costs))

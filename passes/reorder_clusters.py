@@ -56,6 +56,7 @@ class _Search(Match):
 @dataclass(frozen=True, slots=True)
 class ReorderClusters(Rewrite[_Search]):
     name: ClassVar[str] = "reorder-clusters"
+    on_trial: ClassVar[bool] = True
 
     def match(self, graph: Graph, costs: CostModel) -> Iterator[_Search]:
         yield from _sites(graph.body, {}, Facts(graph, costs), count())

@@ -44,6 +44,7 @@ _Start = tuple[str, str]  # the constant that a prompt begins with, and the valu
 @dataclass(frozen=True, slots=True)
 class ScoreOnly(Pass):
     name: ClassVar[str] = "score-only"
+    on_trial: ClassVar[bool] = True
 
     def run(self, graph: Graph, costs: CostModel) -> Outcome:
         facts = Facts(graph, costs)

@@ -68,6 +68,7 @@ class _Guess(Match):
 @dataclass(frozen=True, slots=True)
 class Speculate(Rewrite[_Guess]):
     name: ClassVar[str] = "speculate"
+    on_trial: ClassVar[bool] = True
     confidence: float = 0.9  # how likely a guess must be to be right
 
     def match(self, graph: Graph, costs: CostModel) -> Iterator[_Guess]:

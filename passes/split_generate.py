@@ -70,6 +70,7 @@ class _Prompt(Match):
 @dataclass(frozen=True, slots=True)
 class SplitGenerate(Rewrite[_Prompt]):
     name: ClassVar[str] = "split-generate"
+    on_trial: ClassVar[bool] = True
     most: int = 3  # beginnings of one prompt
 
     def match(self, graph: Graph, costs: CostModel) -> Iterator[_Prompt]:

@@ -48,6 +48,7 @@ class _Search(Match):
 @dataclass(frozen=True, slots=True)
 class SplitSearch(Rewrite[_Search]):
     name: ClassVar[str] = "split-search"
+    on_trial: ClassVar[bool] = True
 
     def match(self, graph: Graph, costs: CostModel) -> Iterator[_Search]:
         found = [op for op in walk(graph.body) if op.name == "search"]
