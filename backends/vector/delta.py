@@ -16,11 +16,8 @@ FAISS has no call for any of this: adding to a mapped index aborts the process, 
 from __future__ import annotations
 
 import dataclasses
-import threading
-import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,18 +26,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from flowc.ir.errors import InputError, ResourceError
 from flowc.ir.options import Where, where_key
 
 from .columns import Columns, Mask
-from .documents import Passage, check_meta
+from .documents import Passage
 from .scan import F32, I64, Lists, Selection, load_faiss
-from .store import IndexWriter, Manifest, PassageStore, WriteLock, read_manifest, stored
+from .store import IndexWriter, Manifest, PassageStore
+from .updates import Snapshot, Updates
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["COMPACT_ABOVE", "INDEX_FILE", "Epoch", "Main", "Updates", "write_faiss"]
+__all__ = ["COMPACT_ABOVE", "INDEX_FILE", "Epoch", "Main", "VectorUpdates", "write_faiss"]
 
 INDEX_FILE = "index.faiss"
 COMPACT_ABOVE = 0.2  # of the base's rows, added or deleted, from which on `save` compacts
@@ -103,7 +100,7 @@ class Main:
         return np.asarray(before[ends] - before[ends - self.lists.sizes], dtype=np.int64)
 
 
-class Epoch(Lists):
+class Epoch(Lists, Snapshot):
     """Lists, passages and fields that belong together; never changes. `mask`: which of the ids were not deleted."""
 
     def __init__(self, main: Main, segments: tuple[Segment, ...], mask: Mask) -> None:
@@ -111,14 +108,10 @@ class Epoch(Lists):
         self.home: object = None  # the opened index that it is of
         self.segments = segments
         self.mask = mask
-        self.store = main.store
-        self.added = len(mask) - main.store.first  # passages of the store's `added` that this epoch knows
+        self.store, self.columns = main.store, main.columns
         self._selections: OrderedDict[tuple[Any, ...], Selection] = OrderedDict()
         sizes = np.concatenate([main.lists.sizes, *(segment.sizes for segment in segments)])
-        present = np.zeros(len(mask), dtype=np.bool_)
-        present[main.store.ids] = True
-        present[main.store.first :] = True
-        self.deleted = int(np.count_nonzero(present & ~mask))
+        self.deleted = int(np.count_nonzero(~mask[self.present()]))
         alive = Selection(_packed(mask), self._sizes(mask)) if self.deleted else None
         super().__init__(self._stacked() if segments else main.index, base=main.lists, sizes=sizes, alive=alive)
 
@@ -150,22 +143,6 @@ class Epoch(Lists):
             while len(self._selections) > _SELECTIONS:
                 self._selections.popitem(last=False)
         return found
-
-    def matching(self, where: Where) -> Mask:
-        """For each id whether its passage meets the conditions, deleted or not."""
-        rows = self.store.added[: self.added]
-        if self.count:  # an index of nothing finds nothing, whatever it is asked
-            self.main.columns.check(where, rows)
-        mask = np.zeros(len(self.mask), dtype=np.bool_)
-        mask[self.store.ids] = self.main.columns.rows(where)
-        if rows:
-            mask[self.store.first :] = self.main.columns.added(where, rows)
-        return mask
-
-    def live(self) -> I64:
-        """The ids that are searched, rising."""
-        present = np.concatenate([self.store.ids, np.arange(self.store.first, len(self.mask))])
-        return np.asarray(present[self.mask[present]])
 
 
 def like(index: Any, quantizer: Any, lists: Any) -> Any:
@@ -217,101 +194,34 @@ def saved_epoch(main: Main, path: Path, manifest: Manifest) -> Epoch:
 
 
 # ------------------------------------------------------------------------------------------------ the one who writes
-class Updates:
-    """The writer of one opened index. Its calls may come from any thread; each is whole, or has not happened.
-
-    The first update takes the index's lock, so that there is one writer on the machine; `close` gives it back.
-    """
+class VectorUpdates(Updates[Epoch]):
+    """The writer of a vector index. A save takes time by what was updated, and not by the index's size."""
 
     def __init__(
         self,
         path: Path,
         manifest: Manifest,
-        epoch: Epoch,
+        snapshot: Epoch,
         publish: Callable[[Epoch, Manifest], None],
         reopen: Callable[[Manifest], Main],
         embed: Callable[[Sequence[Passage]], F32],
-        prepared: Callable[[Any, int], F32],
+        fitting: Callable[[Any, int], F32],
     ) -> None:
-        self.path = path
-        self.manifest = manifest
-        self.epoch = epoch
-        self._publish, self._reopen, self._embed, self._prepared = publish, reopen, embed, prepared
-        self._lock: WriteLock | None = None
-        self._memory = threading.Lock()  # of the current epoch
-        self._disk = threading.RLock()  # of the files
-        self._keys: dict[str, int] | None = None
+        super().__init__(path, manifest, snapshot, publish)
+        self._reopen, self._embed, self._fitting = reopen, embed, fitting
         self._sealed = 0  # segments with ids below are being compacted, and merge with none above
-        self._changed = False
-        self._compacting: Future[Manifest] | None = None
 
-    # -------------------------------------------------------------------------------------------- updates
-    def add(self, passages: Sequence[Passage | str], vectors: Any = None, *, replace: bool = False) -> list[int]:
-        """The ids of the passages that it adds; with `replace` each takes the place of the one with its key."""
-        items = [Passage(p) if isinstance(p, str) else p for p in passages]
-        keys = [p.key for p in items if p.key]
-        for item in items:
-            problem = check_meta(item.meta)
-            if problem:
-                raise InputError(problem, hint=f"passage {item.text[:60]!r}")
-        if replace and len(keys) < len(items):
-            raise ResourceError("a passage without a key takes no other's place", code="F063", hint="give it one")
-        if len(set(keys)) < len(keys):
-            twice = next(key for n, key in enumerate(keys) if key in keys[:n])
-            raise ResourceError(f"two of the passages have the key {twice!r}", code="F063", hint="keys are unique")
-        if not items:
-            return []
-        data = self._prepared(self._embed(items) if vectors is None else vectors, len(items))
-        with self._memory:
-            self._writable()
-            epoch = self.epoch
-            known = self._known_keys()
-            taken = [key for key in keys if key in known]
-            if taken and not replace:
-                raise ResourceError(
-                    f"the index holds a passage with the key {taken[0]!r}", code="F063", hint="upsert replaces it"
-                )
-            first = len(epoch.mask)
-            ids = np.arange(first, first + len(items))
-            segments = self._merged((*epoch.segments, self._segment(data, ids)))
-            mask = np.concatenate([epoch.mask, np.ones(len(items), dtype=np.bool_)])
-            mask[[known[key] for key in taken]] = False
-            epoch.store.added.extend(stored(item) for item in items)
-            known.update((item.key, int(id)) for item, id in zip(items, ids, strict=True) if item.key)
-            self._next(Epoch(epoch.main, segments, mask))
-            return [int(id) for id in ids]
+    def _prepared(self, items: Sequence[Passage], vectors: Any) -> F32:
+        return self._fitting(self._embed(items) if vectors is None else vectors, len(items))
 
-    def delete(
-        self, ids: Iterable[int] | None = None, keys: Iterable[str] | None = None, where: Where | None = None
-    ) -> int:
-        """How many passages it deletes: those with these ids, those with these keys, those that meet the conditions."""
-        with self._memory:
-            self._writable()
-            epoch = self.epoch
-            mask = epoch.mask.copy()
-            for id in ids or ():
-                if 0 <= id < len(mask):
-                    mask[id] = False
-            known = self._known_keys()
-            for key in keys or ():
-                if key in known:
-                    mask[known[key]] = False
-            if where is not None:
-                mask &= ~epoch.matching(where)
-            after = Epoch(epoch.main, epoch.segments, mask)
-            if after.deleted == epoch.deleted:
-                return 0
-            self._keys = {key: id for key, id in known.items() if mask[id]}
-            self._next(after)
-            return after.deleted - epoch.deleted
-
-    def _next(self, epoch: Epoch) -> None:
-        self.epoch = epoch
-        self._changed = True
-        self._publish(epoch, self.manifest)
+    def _next(self, ids: I64, prepared: F32 | None, mask: Mask) -> Epoch:
+        segments = self.now.segments
+        if prepared is not None:
+            segments = self._merged((*segments, self._segment(prepared, ids)))
+        return Epoch(self.now.main, segments, mask)
 
     def _segment(self, data: F32, ids: I64) -> Segment:
-        faiss, index = load_faiss(), self.epoch.main.index
+        faiss, index = load_faiss(), self.now.main.index
         clusters = np.zeros(len(data), dtype=np.int64)
         if index.nlist > 1:
             clusters = np.ascontiguousarray(index.quantizer.search(data, 1)[1][:, 0])
@@ -328,48 +238,6 @@ class Updates:
             segments = (*segments[:-2], segments[-2].with_next(segments[-1]))
         return segments
 
-    def _known_keys(self) -> dict[str, int]:
-        """Key -> id of the passages that are there."""
-        if self._keys is None:
-            epoch = self.epoch
-            values, codes = epoch.main.columns.key_rows()
-            ids = epoch.store.ids
-            rows = np.flatnonzero(codes >= 0)
-            keys = {str(values[code]): int(ids[row]) for row, code in zip(rows, codes[rows], strict=True)}
-            first = epoch.store.first
-            keys |= {str(r["key"]): first + n for n, r in enumerate(epoch.store.added[: epoch.added]) if r.get("key")}
-            self._keys = {key: id for key, id in keys.items() if epoch.mask[id]}
-        return self._keys
-
-    def _writable(self) -> None:
-        """Takes the lock, and sees that the index on the disk is still the one that was opened."""
-        if self._lock is None:
-            lock = WriteLock(self.path)
-            if read_manifest(self.path).generation != self.manifest.generation:
-                lock.release()
-                raise ResourceError(
-                    f"the index at {self.path} was changed since it was opened", code="F060", hint="open it again"
-                )
-            self._lock = lock
-
-    # -------------------------------------------------------------------------------------------- saving
-    def save(self) -> Manifest:
-        """Puts every update so far on the disk, in time that depends on their number and not on the index's size."""
-        with self._disk:
-            with self._memory:
-                epoch, changed = self.epoch, self._changed
-                self._changed = False
-            if not changed:
-                return self.manifest
-            try:
-                self.manifest = self._written(epoch)
-            except BaseException:
-                self._changed = True
-                raise
-            with self._memory:
-                self._publish(self.epoch, self.manifest)
-        return self.manifest
-
     def _written(self, epoch: Epoch) -> Manifest:
         with IndexWriter(self.path, self._lock) as writer:
             writer.keep(self.path, self.manifest)
@@ -379,10 +247,8 @@ class Updates:
                 clusters = np.concatenate([s.clusters for s in epoch.segments])
                 writer.array("added.clusters.npy", clusters.astype(np.int32))
             if epoch.deleted:
-                gone = np.ones(len(epoch.mask), dtype=np.bool_)
-                gone[epoch.live()] = False
-                present = np.concatenate([epoch.store.ids, np.arange(epoch.store.first, len(epoch.mask))])
-                writer.array("deleted.npy", present[gone[present]])
+                present = epoch.present()
+                writer.array("deleted.npy", present[~epoch.mask[present]])
             return writer.commit(
                 dataclasses.replace(
                     self.manifest,
@@ -397,45 +263,27 @@ class Updates:
     @property
     def is_due(self) -> bool:
         """Whether so much was added and deleted that a new base is worth its while."""
-        epoch = self.epoch
-        return epoch.added + epoch.deleted > COMPACT_ABOVE * max(1, self.manifest.rows)
+        return self.now.added + self.now.deleted > COMPACT_ABOVE * max(1, self.manifest.rows)
 
-    def compact(self) -> Future[Manifest]:
-        """Begins to write one base of everything, and gives the manifest once that is the index; one at a time."""
+    def _compact(self) -> Manifest:
         with self._memory:
-            self._writable()
-            if self._compacting is None or self._compacting.done():
-                self._compacting = Future()
-                thread = threading.Thread(target=self._compact, args=(self._compacting,), name="flowc-compact")
-                thread.daemon = True
-                thread.start()
-            return self._compacting
-
-    def _compact(self, result: Future[Manifest]) -> None:
+            before = self.now
+            self._sealed = len(before.mask)
+            self._changed = False
         try:
-            with self._disk:
-                with self._memory:
-                    before = self.epoch
-                    self._sealed = len(before.mask)
-                    self._changed = False
-                try:
-                    self.manifest = self._rewritten(before)
-                    main = self._reopen(self.manifest)
-                except BaseException:
-                    self._changed = True
-                    raise
-                with self._memory:
-                    now = self.epoch
-                    main.store.added.extend(now.store.added[before.added : now.added])
-                    later = tuple(s for s in now.segments if s.ids[0] >= self._sealed)
-                    self.epoch = Epoch(main, later, now.mask)
-                    self._sealed = 0
-                    self._publish(self.epoch, self.manifest)
-        except BaseException as e:
+            self.manifest = self._rewritten(before)
+            main = self._reopen(self.manifest)
+        except BaseException:
+            self._changed, self._sealed = True, 0
+            raise
+        with self._memory:
+            now = self.now
+            main.store.added.extend(now.store.added[before.added : now.added])
+            later = tuple(segment for segment in now.segments if segment.ids[0] >= self._sealed)
+            self.now = Epoch(main, later, now.mask)
             self._sealed = 0
-            result.set_exception(e)
-        else:
-            result.set_result(self.manifest)
+            self._publish(self.now, self.manifest)
+        return self.manifest
 
     def _rewritten(self, epoch: Epoch) -> Manifest:
         faiss, base = load_faiss(), epoch.main.index
@@ -469,14 +317,3 @@ class Updates:
                     calibration={},
                 )
             )
-
-    def close(self) -> None:
-        """Waits for a compaction under way and gives the lock back. What was not saved is lost, with a warning."""
-        if self._compacting is not None:
-            self._compacting.exception()
-        with self._disk, self._memory:
-            if self._changed:
-                warnings.warn(f"updates of the index at {self.path} were not saved", ResourceWarning, stacklevel=3)
-            if self._lock is not None:
-                self._lock.release()
-                self._lock = None

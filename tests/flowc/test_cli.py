@@ -645,9 +645,12 @@ def test_index_add_delete_compact_and_filters(cli: Flowc, tmp_path: Path) -> Non
         assert refused.code == 2, refused.err
         assert message in refused.err
     assert cli("index", "build", "notes.jsonl", "-o", "words", "--kind", "bm25").code == 0
-    refused = cli("index", "add", "words", "more.jsonl")
+    assert cli("index", "add", "words", "more.jsonl", "--upsert").code == 0
+    assert cli("index", "search", "words", "note 5", "-k", "1", "--json").json[0]["source"] == "n5"
+    assert cli("index", "build", "notes.jsonl", "-o", "graph", "--kind", "hnsw", "--embedder", "hashing").code == 0
+    refused = cli("index", "add", "graph", "more.jsonl", "--upsert")
     assert refused.code == 1
-    assert "an index of kind bm25 takes no updates" in refused.err
+    assert "an index of kind hnsw takes no updates" in refused.err
 
 
 @pytest.mark.models

@@ -3,14 +3,17 @@
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowc.backends.vector import Passage, build_index, index_info, open_index
 from flowc.backends.vector.bm25 import BM25Retriever, words_of
 from flowc.ir.errors import ResourceError
+from flowc.ir.options import as_where
 from flowc.ir.values import Docs
 from flowc.runtime.protocols import Retriever, SearchRequest
 
@@ -111,3 +114,76 @@ def test_a_closed_index_says_so(tmp_path: Path) -> None:
     (result,) = index.search([SearchRequest("cat")])
     assert isinstance(result, ResourceError)
     assert "closed" in str(result)
+
+
+# ------------------------------------------------------------------------------------------------ updates
+CHANGES = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("add"),
+            st.lists(st.lists(st.sampled_from([*WORDS, "newt"]), min_size=1, max_size=5).map(" ".join), min_size=1, max_size=4),
+        ),
+        st.tuples(st.just("delete"), st.lists(st.integers(0, 12), max_size=4)),
+        st.tuples(st.just("upsert"), st.lists(st.integers(0, 5), min_size=1, max_size=3, unique=True)),
+        st.tuples(st.just("save"), st.booleans()),
+    ),
+    max_size=6,
+)
+
+
+@settings(max_examples=30)
+@given(changes=CHANGES, query=st.lists(st.sampled_from([*WORDS, "newt"]), min_size=1, max_size=3).map(" ".join))
+def test_an_index_that_was_updated_is_one_that_was_built_of_what_is_there(
+    changes: list[tuple[str, Any]], query: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    out = tmp_path_factory.mktemp("bm25") / "index"
+    there = {n: Passage(w, key=f"k{n}", meta={"n": n}) for n, w in enumerate(WORDS)}
+    build_index(list(there.values()), None, out)
+    index = open_index(out)
+    assert isinstance(index, BM25Retriever)
+    under_way = [s for s in index.begin([SearchRequest("cat dog", 9)]) if not isinstance(s, Exception)]
+    old = search(out, "cat dog", 9)
+    for kind, what in changes:
+        if kind == "add":
+            items = [Passage(text, meta={"n": 99}) for text in what]
+            there |= dict(zip(index.add(items), items, strict=True))
+        elif kind == "delete":
+            assert index.delete(what) == len(set(what) & set(there))
+            there = {id: p for id, p in there.items() if id not in what}
+        elif kind == "upsert":
+            items = [Passage(f"newt {n}", key=f"k{n}", meta={"n": n}) for n in what]
+            ids = index.upsert(items)
+            there = {id: p for id, p in there.items() if p.key not in {i.key for i in items}}
+            there |= dict(zip(ids, items, strict=True))
+        else:
+            index.save()
+            if what:
+                index.close()
+                index, under_way = open_index(out), []
+                assert isinstance(index, BM25Retriever)
+        (docs,) = index.search([SearchRequest(query, 20)])
+        assert isinstance(docs, Docs), docs
+        expected = textbook([p.text for p in there.values()], query) if there else {}
+        ids = sorted(there)
+        assert {d.id: d.score for d in docs} == pytest.approx({ids[row]: s for row, s in expected.items()}, rel=1e-5)
+        assert all(d.text == there[d.id].text for d in docs)
+        (filtered,) = index.search([SearchRequest(query, 20, where=as_where({"n": {"<": 50}}))])
+        assert filtered == Docs(d for d in docs if int(there[d.id].meta["n"]) < 50)
+    assert [[(d.id, d.score) for d in index.finish(s)] for s in under_way] in ([], [old])
+    index.save()
+    index.close()
+
+
+def test_updates_of_words_that_cannot_be(tmp_path: Path) -> None:
+    build_index([Passage("cat", key="k")], None, tmp_path / "index")
+    first, second = open_index(tmp_path / "index"), open_index(tmp_path / "index")
+    assert isinstance(first, BM25Retriever)
+    assert isinstance(second, BM25Retriever)
+    with pytest.raises(ResourceError, match="holds no vectors"):
+        first.add(["dog"], np.zeros((1, 4)))
+    with pytest.raises(ResourceError, match="holds a passage with the key 'k'"):
+        first.add([Passage("dog", key="k")])
+    with pytest.raises(ResourceError, match="another process is writing"):
+        second.add(["dog"])
+    assert first.compact().result().count == 1
+    first.close()
