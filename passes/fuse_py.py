@@ -249,7 +249,7 @@ def _is_quick(op: Op, facts: Facts) -> bool:
 
 def _may_join(op: Op, facts: Facts) -> bool:
     """Is it plain Python of a turn of its own?"""
-    return OPS[op.name].lane == "python" and not facts.waits(op) and op.name != "fused"
+    return is_plain(op) and not facts.waits(op) and op.name != "fused"
 
 
 def _is_python(op: Op) -> bool:

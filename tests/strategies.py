@@ -15,7 +15,24 @@ from hypothesis import strategies as st
 from flowc.ir.core import Attr, Attrs, Graph, Op, Region, Value
 from flowc.ir.errors import Loc
 from flowc.ir.templates import join_template
-from flowc.ir.types import ANY, BOOL, DOCS, INT, NONE, TEXT, VECTOR, Type, item_type, join, list_of, tuple_of, type_of
+from flowc.ir.types import (
+    AHEAD,
+    ANY,
+    BOOL,
+    DOCS,
+    INT,
+    KV,
+    NONE,
+    SCAN,
+    TEXT,
+    VECTOR,
+    Type,
+    item_type,
+    join,
+    list_of,
+    tuple_of,
+    type_of,
+)
 from flowc.ir.verifier import subsumes
 
 NAMES = (
@@ -217,6 +234,7 @@ class _Maker:
             kinds += ["if", "while", "foreach", "try", "fused"]
         if not plain:
             kinds += ["embed", "search", "rerank", "generate", "choose", "parse", "tool", "invoke", "call", "awaited"]
+            kinds += ["pieces", "kv", "ahead", "advice", *(["each"] if self.depth < self.max_depth else [])]
         getattr(self, f"make_{self.draw(st.sampled_from(kinds))}")(*([True] if plain else []))
 
     def make_const(self, _: bool = False) -> None:
@@ -366,6 +384,65 @@ class _Maker:
         self.emit(
             "invoke", (self.value(TEXT), self.value()), attrs={"tools": tuple(self.draw(st.lists(names, max_size=2)))}
         )
+
+    # -- operations of the stage level
+    def make_pieces(self) -> None:
+        operands, attrs = self.options(k=INT, nprobe=INT)
+        at: dict[str, Attr] = {"resource": self.resource()}
+        (scan,) = self.emit("ivf.begin", (self.value(TEXT), *operands), (SCAN,), {**at, **attrs, "site": 3})
+        if self.flip():
+            self.emit("ivf.partial", (scan,), (DOCS,), {**at, "confidence": self.draw(st.sampled_from((0, 0.5, 1.0)))})
+        (scan,) = self.emit("ivf.scan", (scan,), (SCAN,), {**at, "place": "hybrid"})
+        if self.flip():
+            self.emit("ivf.finish", (scan,), (DOCS,), {**at, "timeout": 2})
+
+    def make_kv(self) -> None:
+        at: dict[str, Attr] = {"resource": self.resource()}
+        (kv,) = self.emit("llm.prefill", (self.value(TEXT),), (KV,), at)
+        if self.flip():
+            (kv,) = self.emit("llm.extend", (kv, self.value(TEXT)), (KV,), at)
+        lookahead = tuple(f"{name}#{site}" for site, name in enumerate(self.draw(st.lists(names, max_size=2))))
+        attrs: dict[str, Attr] = {**at, "kw": ("kv",), "lookahead": lookahead, "drops": self.flip(), "prefix": 7}
+        name = self.pick("generate", "parse")
+        if name == "parse":
+            attrs["model"] = "Answer"
+        self.emit(name, (self.value(TEXT), kv), (TEXT,), attrs)
+
+    def make_ahead(self) -> None:
+        """Begun, and perhaps needed, with these operands or others."""
+        at: dict[str, Attr] = {"resource": self.resource()}
+        query = self.value(TEXT)
+        name = self.pick("search", "generate", "embed", "rerank")
+        operands = (query, self.value(DOCS)) if name == "rerank" else (query,)
+        (begun,) = self.emit(f"ahead.{name}", operands, (AHEAD,), at)
+        if self.flip():
+            operands = (self.value(TEXT), *operands[1:])
+        if self.flip():
+            near = (self.value(DOCS),) if name == "search" and self.flip() else ()
+            kw = ("ahead", "near")[: 1 + len(near)]
+            type = {"generate": TEXT, "embed": VECTOR}.get(name, DOCS)
+            self.emit(name, (*operands, begun, *near), (type,), {**at, "kw": kw})
+
+    def make_advice(self) -> None:
+        at: dict[str, Attr] = {"resource": self.resource(), "site": self.draw(st.integers(0, 99))}
+        texts_ = [self.value(TEXT) for _ in range(self.draw(st.integers(0, 2)))]
+        match self.pick("hint", "release", "pin", "prefetch"):
+            case "hint":
+                self.emit("kv.hint", texts_, (), {**at, "prefix": self.draw(texts), "steps": 1.5})
+            case "release":
+                self.emit("kv.release", (), (), at)
+            case "pin":
+                self.emit("kv.pin", texts_, (), {**at, "ttl": 3})
+            case _:
+                self.emit("cluster.prefetch", (self.value(TEXT),), (), {**at, "window": 0.25})
+
+    def make_each(self) -> None:
+        prompt = self.value(TEXT)
+        collects = self.draw(st.integers(0, 2))
+        lists = [list_of(TEXT)] * collects
+        body = self.region(lists, [TEXT])
+        attrs: dict[str, Attr] = {"resource": self.resource(), "split": self.draw(texts), "collects": collects}
+        self.emit("llm.each", (prompt,), (TEXT, list_of(TEXT), *lists), attrs, (body,))
 
     def make_awaited(self) -> None:
         self.emit("py", attrs={"source": "await f()", "params": (), "is_async": True})
