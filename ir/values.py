@@ -36,8 +36,8 @@ class Conversation(str):
         made.messages = tuple(dict(m) for m in messages)
         return made
 
-    def __getnewargs__(self) -> tuple[str, tuple[Mapping[str, str], ...]]:
-        return str(self), self.messages
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[Mapping[str, str], ...]]]:
+        return Conversation, (str(self), self.messages)
 
 
 @dataclass(frozen=True, slots=True)

@@ -231,22 +231,32 @@ class LocalBackend(ABC):
         results: dict[int, int | Exception] = {}
         asked: list[Choice] = []
         for item, request in enumerate(requests):
-            error: Exception | None = check_choice(request)
-            if error is None:
-                ids = self.local.encode(request.prompt)
-                options = [self.local.encode(option, special=False) for option in request.options]
-                longest = len(ids) + max(map(len, options))
-                if self.local.context is not None and longest > self.local.context:
-                    error = self.local.too_long(longest)
-                else:
-                    error = self._too_large(longest)
-            if error is None:
-                asked.append((item, ids, options))
+            choice = self._choice(item, request)
+            if isinstance(choice, FlowcError):
+                results[item] = choice
             else:
-                results[item] = error
+                asked.append(choice)
         for item, scores in self._scores(asked, requests):
             results[item] = scores if isinstance(scores, Exception) else max(range(len(scores)), key=scores.__getitem__)
         return [results[item] for item in range(len(requests))]
+
+    def _choice(self, item: int, request: ChooseRequest) -> Choice | FlowcError:
+        error: FlowcError | None = check_choice(request)
+        if error is not None:
+            return error
+        try:
+            ids = self.local.encode(request.prompt)
+        except ResourceError as e:  # of the chat template
+            return e
+        options = [self.local.encode(option, special=False) for option in request.options]
+        longest = len(ids) + max(map(len, options))
+        if self.local.context is not None and longest > self.local.context:
+            return self.local.too_long(longest)
+        return self._too_large(longest) or (item, ids, options)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees the model's memory. Later calls raise `ResourceError`."""
 
     @abstractmethod
     def _complete(self, rows: list[Row], is_cancelled: IsCancelled | None) -> None:
