@@ -1,16 +1,8 @@
-"""The engine beside transformers on one machine, same weights, same requests; and its cache policies beside Belady's.
+"""The engine's cache policies beside Belady's. Its speed beside others: see `engine_speed.py`.
 
-    python benchmarks/engine.py speed [--json FILE] [--repeat N] [--size small|medium] [--new N]
     python benchmarks/engine.py cache [--json FILE] [--repeat N] [--size tiny|small|medium]
 
-`speed`: 16 requests at once, greedy, float32, a Qwen2 shape with random weights. "decode": prompts of 30 to 90 tokens
-of their own. "shared": half of the requests begin with the same 512 tokens, as prompts of one RAG program do. The
-columns are `model.generate` one by one; one left-padded batch through `generate`; `generate_batch`, transformers' own
-continuous batching, with the settings that suit a CPU (its defaults are several times slower); our engine with plain
-and with packed linear layers. Variants are interleaved; wall and CPU seconds are medians with the quartiles. An engine
-starts every round with an empty cache. Answers are compared with one-by-one `generate`, token by token.
-
-`cache`: three workloads of agents with fixed prompts, in a pool that holds part of them: ten in turn, four of which
+Three workloads of agents with fixed prompts, in a pool that holds part of them: ten in turn, four of which
 three come at once and one joins them, and eight workflows of four agents. For every policy the share of prompt tokens
 that was found on the device, and CPU seconds; "Belady" is the optimum over the same requests with the future known.
 Then what two switches of the engine do. "dedup": eight requests at once with a common context that nobody has computed
@@ -42,7 +34,6 @@ import transformers
 from flowc.backends.llm.paged.copies import Costs
 from flowc.backends.llm.paged.engine import Engine
 from flowc.backends.llm.paged.model import PagedModel
-from flowc.backends.llm.paged.packed import pack_linears
 from flowc.backends.llm.paged.sequence import Sequence as TokenSequence
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -52,7 +43,6 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 HEADS = {"tiny": (4, 2), "small": (7, 1), "medium": (12, 4)}
 VOCAB = 16_384
-REQUESTS = 16
 
 
 def make_model(size: str) -> Any:
@@ -101,141 +91,6 @@ def drain(engine: Engine) -> None:
         while engine.waiting or engine.running:
             if not engine.step():
                 time.sleep(0.001)  # a copy is under way
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Prompts, and how many tokens each is continued by."""
-
-    name: str
-    prompts: list[list[int]]
-    new: int
-
-
-def works(new: int) -> list[Work]:
-    rng = random.Random(1)
-
-    def some(n: int) -> list[int]:
-        return [rng.randrange(2, VOCAB) for _ in range(n)]
-
-    shared = some(512)
-    decode = [some(rng.randint(30, 90)) for _ in range(REQUESTS)]
-    rag = [(shared if i % 2 else some(512)) + some(rng.randint(16, 64)) for i in range(REQUESTS)]
-    return [Work("decode", decode, new), Work("shared", rag, max(1, new // 4))]
-
-
-Answers = list[list[int]]
-Runner = Callable[[Work], Answers]
-
-
-def one_by_one(model: Any) -> Runner:
-    def run(work: Work) -> Answers:
-        out = []
-        for prompt in work.prompts:
-            ids = torch.tensor([prompt])
-            mask = torch.ones_like(ids)
-            got = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=work.new, do_sample=False)
-            out.append(got[0, len(prompt) :].tolist())
-        return out
-
-    return run
-
-
-def padded(model: Any) -> Runner:
-    def run(work: Work) -> Answers:
-        width = max(map(len, work.prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in work.prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in work.prompts])
-        got = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=work.new, do_sample=False)
-        return [row[width:].tolist() for row in got]
-
-    return run
-
-
-def continuous(model: Any) -> Runner:
-    from transformers.generation.configuration_utils import ContinuousBatchingConfig
-
-    def run(work: Work) -> Answers:
-        blocks = sum(-(-(len(p) + work.new) // 32) + 1 for p in work.prompts)
-        got = model.generate_batch(
-            work.prompts,
-            generation_config=transformers.GenerationConfig(
-                max_new_tokens=work.new, do_sample=False, eos_token_id=-1, pad_token_id=0
-            ),
-            continuous_batching_config=ContinuousBatchingConfig(
-                page_size=32, num_blocks=blocks + 8, max_batch_tokens=256
-            ),
-        )
-        if len(got) < len(work.prompts):
-            raise RuntimeError(f"{len(got)} of {len(work.prompts)} requests were answered")
-        by_prompt = {tuple(o.prompt_ids): o.generated_tokens for o in got.values()}
-        return [list(by_prompt[tuple(p)]) for p in work.prompts]
-
-    return run
-
-
-def ours(model: Any, stats: dict[str, Any]) -> Runner:
-    paged = PagedModel(model, "benchmark")
-
-    def run(work: Work) -> Answers:
-        blocks = sum(-(-(len(p) + work.new) // 16) for p in work.prompts) + 1
-        engine = Engine(paged, blocks=blocks, max_step_tokens=256)
-        takers = [Taker(work.new) for _ in work.prompts]
-        engine.waiting += [
-            TokenSequence(list(p), t, order=i) for i, (p, t) in enumerate(zip(work.prompts, takers, strict=True))
-        ]
-        drain(engine)
-        stats[work.name] = {n: getattr(engine.stats, n) for n in engine.stats.__slots__}
-        return [t.tokens for t in takers]
-
-    return run
-
-
-def speed(size: str, new: int, repeat: int) -> dict[str, Any]:
-    """Wall and CPU seconds of every variant over every work, and what the engine computed and reused."""
-    stats: dict[str, Any] = {}
-    packed_model = make_model(size)
-    pack_linears(packed_model)
-    variants: dict[str, Runner] = {
-        "generate, one by one": one_by_one(make_model(size)),
-        "generate, padded batch": padded(make_model(size)),
-        "generate_batch, tuned": continuous(make_model(size)),
-        "engine": ours(make_model(size), stats),
-        "engine, packed": ours(packed_model, {}),
-    }
-    found: list[dict[str, Any]] = []
-    for work in works(new):
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
-        answers: dict[str, Answers] = {}
-        failed: dict[str, str] = {}
-        for turn in range(repeat + 1):
-            for name, run in variants.items():
-                if name in failed:
-                    continue
-                wall, cpu = time.perf_counter(), time.process_time()
-                try:
-                    answers[name] = run(work)
-                except Exception as error:  # a peer that does not run here is named, not hidden
-                    failed[name] = f"{type(error).__name__}: {error}"
-                    continue
-                if turn:  # the first turn warms up
-                    times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-        expected = answers["generate, one by one"]
-        tokens = sum(map(len, expected))
-        for name in variants:
-            row: dict[str, Any] = {"work": work.name, "variant": name}
-            if name in failed:
-                row["failed"] = failed[name]
-            else:
-                row["wall_s"] = quartiles([w for w, _ in times[name]])
-                row["cpu_s"] = quartiles([c for _, c in times[name]])
-                row["tokens_per_cpu_s"] = round(tokens / row["cpu_s"][1], 1)
-                same = sum(a == b for a, b in zip(answers[name], expected, strict=True))
-                row["equal_answers"] = f"{same} of {len(expected)}"
-            found.append(row)
-            print(row, file=sys.stderr)
-    prompt_tokens = {w.name: sum(map(len, w.prompts)) for w in works(new)}
-    return {"size": size, "new_tokens": new, "prompt_tokens": prompt_tokens, "rows": found, "engine_counts": stats}
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -442,18 +297,13 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("speed", "cache"))
+    parser.add_argument("what", choices=("cache",), nargs="?", help="speed is measured by engine_speed.py")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--size", choices=("tiny", "small", "medium"), default="small")
-    parser.add_argument("--new", type=int, default=64)
     options = parser.parse_args()
     before = machine()
-    found = (
-        cache(options.size, options.repeat)
-        if options.what == "cache"
-        else speed(options.size, options.new, options.repeat)
-    )
+    found = cache(options.size, options.repeat)
     result = {"machine": before, "load_after": machine()["load"], "repeat": options.repeat, **found}
     text = json.dumps(result, indent=1)
     if options.json is not None:
