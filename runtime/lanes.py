@@ -75,10 +75,17 @@ def _arguments(method: str, batch: list[LaneItem]) -> tuple[Any, ...]:
     if method != "generate":
         return (requests,)
 
+    written = [0] * len(batch)
+
     def on_text(index: int, piece: str) -> None:
-        to = batch[index].on_text
-        if to is not None and not batch[index].dead:
-            to(piece)
+        item = batch[index]
+        if item.on_text is None or item.dead:
+            return
+        told = item.told - written[index]  # by a call that failed and is made again
+        written[index] += len(piece)
+        if told < len(piece):
+            item.told = written[index]
+            item.on_text(piece[told:] if told > 0 else piece)
 
     listens = any(item.on_text is not None for item in batch)
     return (requests, on_text if listens else None, lambda index: batch[index].dead)

@@ -169,6 +169,7 @@ class LaneItem(Handle):
         "request",
         "searching",
         "ticket",
+        "told",
         "words",
     )
 
@@ -195,6 +196,7 @@ class LaneItem(Handle):
         self.key = key
         self.ticket = ticket  # None: first come, first served
         self.on_text: Callable[[str], None] | None = None
+        self.told = 0  # characters that `on_text` was given
         self.is_ahead = False  # begun, and no instruction waits for it yet
         self.answer: tuple[bool, Any] | None = None  # that nobody has taken yet
         self.words: Words | None = None  # of what was begun ahead: what it has written may still be streamed

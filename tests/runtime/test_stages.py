@@ -681,3 +681,27 @@ def test_the_trace_tells_stages_apart_and_shows_what_was_won() -> None:
     assert ends == [("finished", 4.0, 0.0), ("cancelled", 0.0, 5.0)], "won 4 s; for nothing 5 s"
     assert {"ivf.begin @docs", "ivf.finish @docs"} <= rows.keys()
     json.dumps(trace.to_chrome())
+
+
+def test_what_was_written_before_a_call_failed_is_not_told_twice() -> None:
+    class Flaky(Timed):
+        max_calls, max_batch = 1, 4
+
+        async def generate(self, requests: Any, on_text: Any = None, is_cancelled: Any = None) -> list[Any]:
+            for i in range(len(requests)):
+                on_text(i, "1 \n2")
+            await asyncio.sleep(1)
+            if len(requests) > 1:
+                raise ArithmeticError("too many at once")
+            on_text(0, " \n3 \n")
+            return [Generation("1 \n2 \n3 \n")]
+
+    loop, play = VirtualLoop(), Flaky()
+
+    async def main() -> Any:
+        with Runtime(play) as runtime:
+            plan = plan_of(EACH, slow=lambda x: asyncio.sleep(0.1, x))
+            return await runtime.map_async(plan, [("x",), ("y",)])
+
+    for outcome in loop.run(main()):
+        assert outcome.value == ("1 \n2 \n3 \n", ["1 ", "2 ", "3 "], [1, 2, 3])
