@@ -320,7 +320,7 @@ class Engine:
                 self._score(s, table, count)
             elif table is not None:
                 decoding.append((s, table[-1]))
-            if not s.pending and (s.scored is not None or s.until is not None):
+            if (s.scored is not None or s.until is not None) and not s.pending:
                 self._end_stage(s)
         for (s, _), token in zip(decoding, self._next_tokens(decoding), strict=True):
             s.tokens.append(token)
@@ -406,14 +406,15 @@ class Engine:
         batch: list[tuple[Sequence, int]] = []
         self._take_turns()
         computing: dict[BlockKey, Sequence] = {}
+        decoding: list[Sequence] = []
+        others = list(self.waiting)
         for s in self.running:
             self._note_computing(s, computing)
+            (decoding if s.pending == 1 else others).append(s)
         by_rank = attrgetter("rank")
-        decoding = sorted((s for s in self.running if s.pending == 1), key=by_rank)
-        others = sorted([*(s for s in self.running if s.pending != 1), *self.waiting], key=by_rank)
         arrived = set(self.waiting)
         is_full = False
-        for s in [*decoding, *others]:
+        for s in [*sorted(decoding, key=by_rank), *sorted(others, key=by_rank)]:
             if budget <= 0:
                 break
             is_new = s in arrived
