@@ -1007,6 +1007,8 @@ class Driver:
             item.record = Record(record.number, record.queued_s)
             item.note_end("finished")
         item.frame, item.index, item.node, item.out, item.is_ahead = frame, index, node, node.out, False
+        if item.ticket is not None:
+            item.ticket.block, item.ticket.index = frame.block, index
         if trace is not None:
             trace.queued(item, item.op, item.lane.label)
         if item.words is not None:

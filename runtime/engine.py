@@ -415,19 +415,10 @@ class Runtime:
         thread.start()
         sent = _Sent()
         try:
-            while True:
-                kind, value = pieces.get()
-                if kind == "text":
-                    if value:
-                        sent.add(value)
-                        yield value
-                    continue
-                if kind == "error":
-                    raise value
-                rest = sent.rest(value)
-                if rest:
-                    yield rest
-                return
+            while not sent.is_all:
+                piece = sent.next(*pieces.get())
+                if piece:
+                    yield piece
         except BaseException as error:
             clean(error)
             raise
@@ -459,19 +450,10 @@ class Runtime:
         task = loop.create_task(work())
         sent = _Sent()
         try:
-            while True:
-                kind, value = await pieces.get()
-                if kind == "text":
-                    if value:
-                        sent.add(value)
-                        yield value
-                    continue
-                if kind == "error":
-                    raise value
-                rest = sent.rest(value)
-                if rest:
-                    yield rest
-                return
+            while not sent.is_all:
+                piece = sent.next(*await pieces.get())
+                if piece:
+                    yield piece
         except BaseException as error:
             clean(error)
             raise
@@ -776,11 +758,16 @@ class _Sent:
 
     def __init__(self) -> None:
         self.pieces: list[str] = []
+        self.is_all = False
 
-    def add(self, piece: str) -> None:
-        self.pieces.append(piece)
-
-    def rest(self, value: Any) -> str:
+    def next(self, kind: str, value: Any) -> str:
+        """What to give out now: a piece of `text`, or what is left of the value at the `end`. Raises an `error`."""
+        if kind == "error":
+            raise value
+        if kind == "text":
+            self.pieces.append(value)
+            return str(value)
+        self.is_all = True
         text = value if isinstance(value, str) else str(value)
         sent = "".join(self.pieces)
         if not text.startswith(sent):
