@@ -33,7 +33,16 @@ from typing import Any, TypeVar
 
 from flowc.ir.errors import ConfigError, Loc
 
-__all__ = ["Config", "EmbedderConfig", "IndexConfig", "LLMConfig", "RunConfig", "find_config", "load_config"]
+__all__ = [
+    "Config",
+    "EmbedderConfig",
+    "IndexConfig",
+    "LLMConfig",
+    "RunConfig",
+    "RuntimeConfig",
+    "find_config",
+    "load_config",
+]
 
 FILE = "flowc.toml"
 PREFIX = "FLOWC_"
@@ -140,6 +149,20 @@ class RunConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RuntimeConfig:
+    """`[runtime]`: how programs share the machine."""
+
+    policy: str = _key(
+        str,
+        "whose requests go first where programs meet",
+        "fcfs",
+        choices=("fcfs", "mlfq", "plas", "atlas", "remaining", "deadline", "fair"),
+    )
+    max_programs: int | None = _key(int, "most programs at a time, over all calls; absent: no limit", None, least=1)
+    max_queued: int | None = _key(int, "most programs that wait for `max_programs`; more are refused", None, least=0)
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The whole configuration. `origins` says for each key (`llm.default.model`) where its value comes from."""
 
@@ -148,6 +171,7 @@ class Config:
     embedder: Mapping[str, EmbedderConfig] = field(default_factory=lambda: _EMPTY)
     reranker: Mapping[str, RerankerConfig] = field(default_factory=lambda: _EMPTY)
     run: RunConfig = field(default_factory=RunConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     path: Path | None = None  # the file that was read
     origins: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
 
@@ -164,7 +188,7 @@ _NAMED: dict[str, type] = {
     "embedder": EmbedderConfig,
     "reranker": RerankerConfig,
 }
-_SECTIONS: dict[str, type] = {**_NAMED, "run": RunConfig}
+_SECTIONS: dict[str, type] = {**_NAMED, "run": RunConfig, "runtime": RuntimeConfig}
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +331,8 @@ def _from_environment(env: Mapping[str, str], base: Path, known: Iterable[tuple[
             if head is None:
                 continue  # FLOWC_CONFIG and the like: not a key of the configuration
             tail = section[len(head) + 1 :].lower()
-            shown = f"{PREFIX}{head.upper()}__{tail.upper()}" if head == "run" else f"{PREFIX}{head.upper()}__NAME__KEY"
+            name = "NAME__KEY" if head in _NAMED else tail.upper()
+            shown = f"{PREFIX}{head.upper()}__{name}"
             raise ConfigError(
                 f"the environment variable {variable} is no key of the configuration",
                 hint=f"two underscores stand between the parts: {shown}",
@@ -374,7 +399,7 @@ def _build(entries: Iterable[_Entry], path: Path | None) -> Config:
         declared.setdefault(where, entry)
         origins[".".join(entry.path)] = entry.origin
     named: dict[str, dict[str, Any]] = {section: {} for section in _NAMED}
-    run = RunConfig()
+    single: dict[str, Any] = {"run": RunConfig(), "runtime": RuntimeConfig()}
     for where, table in tables.items():
         kind = _SECTIONS[where[0]]
         for f in fields(kind):
@@ -387,9 +412,9 @@ def _build(entries: Iterable[_Entry], path: Path | None) -> Config:
         if where[0] in _NAMED:
             named[where[0]][where[1]] = _checked(kind, table, declared[where])
         else:
-            run = RunConfig(**table)
+            single[where[0]] = kind(**table)
     read_only = {section: MappingProxyType(dict(sorted(tables.items()))) for section, tables in named.items()}
-    return Config(**read_only, run=run, path=path, origins=MappingProxyType(origins))
+    return Config(**read_only, **single, path=path, origins=MappingProxyType(origins))
 
 
 T = TypeVar("T")

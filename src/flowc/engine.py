@@ -153,7 +153,10 @@ class Engine:
     def __init__(self, config: Config | None = None) -> None:
         self.config = config if config is not None else load_config()
         self.resources = BoundResources(self.config)
-        self.runtime = Runtime(self.resources)
+        shared = self.config.runtime
+        self.runtime = Runtime(
+            self.resources, policy=shared.policy, max_programs=shared.max_programs, max_queued=shared.max_queued
+        )
         path = self.config.calibration_path
         self.is_calibrated = self.config.run.calibration is not None or path.is_file()
         self.costs = read_calibration(path) if self.is_calibrated else CostModel()

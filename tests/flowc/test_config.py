@@ -6,7 +6,17 @@ from textwrap import dedent
 
 import pytest
 
-from flowc.config import Config, EmbedderConfig, IndexConfig, LLMConfig, RunConfig, find_config, load_config
+from flowc.config import (
+    Config,
+    EmbedderConfig,
+    IndexConfig,
+    LLMConfig,
+    RerankerConfig,
+    RunConfig,
+    RuntimeConfig,
+    find_config,
+    load_config,
+)
 from flowc.ir.errors import ConfigError
 
 
@@ -137,6 +147,8 @@ def test_a_hub_id_stays_one_and_a_folder_becomes_absolute(tmp_path: Path) -> Non
         ("\n[lmm.default]\n", "unknown section `lmm`", "did you mean `llm`?", 2),
         ("[llm.default]\nmodle = 'x'\n", "unknown key `modle` in [llm.default]", "did you mean `model`?", 2),
         ("[run]\nopt = 7\n", "`run.opt` cannot be 7", "one of 0, 1, 2, 3", 2),
+        ("[runtime]\npolicy = 'atlass'\n", "`runtime.policy` cannot be 'atlass'", "did you mean `atlas`?", 2),
+        ("[runtime]\nmax_programs = 0\n", "cannot be 0", "at least 1", 2),
         ("[run]\nopt = true\n", "takes a whole number, not True", "", 2),
         ("[run]\nconcurrency = 0\n", "cannot be 0", "at least 1", 2),
         ("[run]\ntimeout = 'soon'\n", "takes a number, not 'soon'", "", 2),
@@ -210,6 +222,9 @@ def test_sections_cannot_be_changed(tmp_path: Path) -> None:
         config.llm["x"] = config.run  # type: ignore[index]
 
 
+KINDS = (LLMConfig, IndexConfig, EmbedderConfig, RerankerConfig, RunConfig, RuntimeConfig)
+
+
 def test_the_documented_configuration_is_one_and_names_every_key(tmp_path: Path, root: Path) -> None:
     text = (root / "docs" / "command-line.md").read_text(encoding="utf-8").split("## Configuration")[1]
     block = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    ") or not line.strip())
@@ -217,5 +232,5 @@ def test_the_documented_configuration_is_one_and_names_every_key(tmp_path: Path,
     config = load(tmp_path)
     assert config.llm["taped"].inner == "reader"
     named = {line.split(" = ")[0] for line in block.splitlines() if " = " in line}
-    every = {f.name for kind in (LLMConfig, IndexConfig, EmbedderConfig, RunConfig) for f in fields(kind)}
+    every = {f.name for kind in KINDS for f in fields(kind)}
     assert every == named

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowc.config import RuntimeConfig
 from flowc.ir.builder import Builder
 from flowc.ir.errors import ConfigError
 from flowc.ir.types import TEXT
@@ -100,6 +102,12 @@ def test_names() -> None:
         make_policy("pls")
     with Runtime(World()) as runtime:
         assert runtime.table is None
+    assert _key_choices(RuntimeConfig, "policy") == NAMES
+
+
+def _key_choices(kind: type[Any], key: str) -> tuple[str, ...]:
+    (found,) = [f.metadata["choices"] for f in fields(kind) if f.name == key]
+    return tuple(found)
 
 
 def test_accounts_are_kept_in_one_unit() -> None:
