@@ -1,34 +1,35 @@
 """What a search of inverted lists costs, by how many come at once: flowc beside plain FAISS, same index, one run.
 
-    python benchmarks/retrieval.py [--json FILE] [--repeat N] [--quick]
-    python benchmarks/retrieval.py --vectors V.npy --queries Q.npy [--nlist 2048] ...   # a corpus of your own
+    python benchmarks/retrieval.py [--json FILE] [--quick]                   # the bundled Python documentation
+    python benchmarks/retrieval.py --vectors V.npy --queries Q.npy [...]     # a corpus of your own, unit vectors
 
-Without arguments the corpus is the bundled Python documentation (16,425 passages, MiniLM, fp16 lists) under its FAQ
-questions and index entries. A larger one comes from `benchmarks/static_vectors.py`. Figures are microseconds a query,
-the median over interleaved rounds, with the quartiles: processor time of the process first (a busy machine moves it
-less), wall time after it. Each round draws other queries, and every system gets the same ones. One thread everywhere.
+Without arguments the corpus is small enough for the processor's cache (16,425 passages, MiniLM), so that reading a list
+once for many gains nothing. A large one: passages of real text, one JSON object a line, through
+`benchmarks/static_vectors.py`, which says what its vectors are. One thread everywhere.
 
     faiss one by one   index.search of one query after another
     faiss batched      index.search of all at once, which scans query by query
-    one call           lists ranked by us, one preassigned call, results ordered by us: what flowc did before
-    flowc              Lists.search, which picks its form by what it measured
-    flowc by query, flowc by list    the same with the form fixed
-    flowc in 8 pieces  begin, eight scans of an eighth of the lists each, finish
+    flowc              Lists.search of all at once, which picks its form by what it measured
 
-Before anything is timed, scores of all are compared: they must be the same bits.
+A point is a number of queries at once, an nprobe and a k. The systems take turns, each with the same few batches in a
+row; the order of turns rotates, each turn draws other queries. Given are microseconds a query, median and quartiles
+over turns: processor time of the thread (a busy machine moves it less), and wall time. `times_faiss` is the better
+FAISS of a turn over flowc, median and quartiles. Before anything is timed, scores are compared: the same bits.
+
+Also: fp16 lists beside fp32; a search in 8 pieces beside the same search in one, alone with cold caches and 32 at once;
+latency of single searches while batches are scanned; a scan and matrix products of a decode's shape side by side.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import itertools
 import json
 import os
 import platform
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,24 +44,15 @@ import numpy.typing as npt
 from flowc.backends.vector.bundle import find_bundle, read_bundle
 from flowc.backends.vector.scan import Lists, load_faiss
 from flowc.ir.errors import ResourceError
+from flowc.runtime.compute import processor as tokens
+from flowc.runtime.protocols import ScanBudget
 
 F32 = npt.NDArray[np.float32]
+Search = Callable[[F32], Any]
 SEED = 20_26
+AT_LEAST = {64: 1.15, 512: 1.6}  # what `times_faiss` is to reach with so many queries at once
+FLOOR = 0.95  # and with any number
 faiss = load_faiss()
-
-
-class Fixed:
-    """Scans every wave in one form."""
-
-    def __init__(self, by_list: bool) -> None:
-        self.form = by_list
-        self.now = time.thread_time
-
-    def by_list(self, share: float, keep: int, codes: int) -> bool:
-        return self.form
-
-    def learn(self, *_: Any) -> None:
-        pass
 
 
 def bundled() -> tuple[str, F32, F32]:
@@ -79,189 +71,310 @@ def bundled() -> tuple[str, F32, F32]:
         return "pydocs, its own vectors as queries: no embedder is installed, this is easier", vectors, near
 
 
-def build(vectors: F32, nlist: int, path: Path) -> None:
-    """The lists as `build_index` makes them, so that plain FAISS and flowc read one file."""
+def build(vectors: F32, nlist: int, folder: Path) -> dict[str, Path]:
+    """One set of lists in both codecs, as `build_index` makes them, so that plain FAISS and flowc read one file."""
     dim = vectors.shape[1]
     quantizer = faiss.IndexFlatIP(dim)
-    codec = faiss.ScalarQuantizer.QT_fp16
-    index = faiss.IndexIVFScalarQuantizer(quantizer, dim, nlist, codec, faiss.METRIC_INNER_PRODUCT, False)
-    index.cp.seed = SEED
-    index.train(vectors)
-    index.add(vectors)
-    faiss.write_index(index, str(path))
+    flat = faiss.IndexIVFFlat(quantizer, dim, nlist, faiss.METRIC_INNER_PRODUCT)
+    flat.cp.seed = SEED
+    flat.train(vectors)
+    kind = faiss.ScalarQuantizer.QT_fp16
+    half = faiss.IndexIVFScalarQuantizer(quantizer, dim, nlist, kind, faiss.METRIC_INNER_PRODUCT, False)
+    half.train(vectors)
+    paths = {}
+    for name, index in (("fp16", half), ("fp32", flat)):
+        index.add(vectors)
+        paths[name] = folder / f"{name}.faiss"
+        faiss.write_index(index, str(paths[name]))
+    return paths
 
 
-def one_call(lists: Lists, index: Any, queries: F32, k: int, nprobe: int) -> F32:
-    """Scores by one preassigned call over lists that were ranked query by query; results ordered in numpy."""
-    keep = k + 6
-    probed = np.stack([lists.nearest_lists(query, nprobe, k)[:nprobe] for query in queries])
-    coarse = np.zeros(probed.shape, dtype=np.float32)
-    scores = np.empty((len(queries), keep), dtype=np.float32)
-    ids = np.empty((len(queries), keep), dtype=np.int64)
-    params = faiss.SearchParametersIVF(nprobe=nprobe)
-    ptr = faiss.swig_ptr
-    index.search_preassigned_c(
-        len(queries), ptr(queries), keep, ptr(probed), ptr(coarse), ptr(scores), ptr(ids), False, params
-    )
-    out = []
-    for row in range(len(queries)):
-        order = np.lexsort((ids[row], -scores[row]))[:k]
-        out.append(scores[row][order])
-    return np.stack(out)
+def opened(path: Path) -> Any:
+    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
 
 
-def in_pieces(lists: Lists, queries: F32, k: int, nprobe: int, pieces: int) -> F32:
-    searches = lists.begin_many(queries, [k] * len(queries), [nprobe] * len(queries))
-    cuts = [round(n * nprobe / pieces) for n in range(pieces + 1)]
-    for start, end in itertools.pairwise(cuts):
-        lists.run([(search, range(start, end)) for search in searches])
-    return np.stack([lists.finish(search)[0] for search in searches])
+class Points:
+    """Plain FAISS and flowc over one index, timed at many points."""
 
+    def __init__(self, path: Path, queries: F32, seconds: float) -> None:
+        self.plain = opened(path)
+        self.lists = Lists(opened(path))
+        self.queries = queries
+        self.seconds = seconds  # a point may take, about
+        self.rng = np.random.default_rng(SEED)
 
-def systems(path: Path, k: int, nprobe: int) -> dict[str, Callable[[F32], F32]]:
-    """Name -> function from queries to scores of shape (queries, k)."""
+    def draw(self, count: int) -> F32:
+        return np.ascontiguousarray(self.queries[self.rng.integers(len(self.queries), size=count)])
 
-    def opened() -> Any:
-        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    def systems(self, k: int, nprobe: int) -> dict[str, Search]:
+        """Name -> function from queries to results: FAISS's pair of arrays, or a pair for each query."""
+        params = faiss.SearchParametersIVF(nprobe=nprobe)
+        plain, lists = self.plain, self.lists
 
-    plain, params = opened(), faiss.SearchParametersIVF(nprobe=nprobe)
-    free, by_query, by_list, pieces = (Lists(opened()) for _ in range(4))
-    by_query._forms = Fixed(False)  # type: ignore[assignment]
-    by_list._forms = Fixed(True)  # type: ignore[assignment]
+        return {
+            "faiss one by one": lambda q: [plain.search(q[n : n + 1], k, params=params) for n in range(len(q))],
+            "faiss batched": lambda q: plain.search(q, k, params=params),
+            "flowc": lambda q: lists.search(q, [k] * len(q), [nprobe] * len(q)),
+        }
 
-    def one_by_one(queries: F32) -> F32:
-        return np.concatenate([plain.search(queries[n : n + 1], k, params=params)[0] for n in range(len(queries))])
-
-    def searched(lists: Lists, queries: F32) -> F32:
-        count = len(queries)
-        return np.stack([scores for scores, _ in lists.search(queries, [k] * count, [nprobe] * count)])
-
-    return {
-        "faiss one by one": one_by_one,
-        "faiss batched": lambda q: plain.search(q, k, params=params)[0],
-        "one call": lambda q: one_call(free, plain, q, k, nprobe),
-        "flowc": functools.partial(searched, free),
-        "flowc by query": functools.partial(searched, by_query),
-        "flowc by list": functools.partial(searched, by_list),
-        "flowc in 8 pieces": lambda q: in_pieces(pieces, q, k, nprobe, 8),
-    }
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return round(low, 1), round(middle, 1), round(high, 1)
-
-
-def measure(
-    path: Path, queries: F32, batch: int, k: int, nprobe: int, repeat: int, rng: np.random.Generator
-) -> list[dict[str, Any]]:
-    made = systems(path, k, nprobe)
-
-    def draw() -> F32:
-        return np.ascontiguousarray(queries[rng.choice(len(queries), batch, replace=batch > len(queries))])
-
-    first = draw()
-    expected = made["faiss batched"](first)
-    for name, system in made.items():
-        if not np.array_equal(system(first), expected):
-            raise SystemExit(f"{name}: other scores than FAISS at batch {batch}, nprobe {nprobe}")
-    for _ in range(2):
-        warm = draw()
-        for system in made.values():
-            system(warm)
-    for _ in range(6 if batch > 1 else 0):  # it has tried each of its forms then
-        made["flowc"](draw())
-    cpu: dict[str, list[float]] = {name: [] for name in made}
-    wall: dict[str, list[float]] = {name: [] for name in made}
-    turns = max(1, 16 // batch)  # short runs are timed several at a time
-    for number in range(repeat):
-        batches = [draw() for _ in range(turns)]
+    def measure(self, batch: int, nprobe: int, k: int) -> dict[str, Any]:
+        made = self.systems(k, nprobe)
+        first = self.draw(batch)
+        expected = np.concatenate([scores for scores, _ in made["faiss one by one"](first)])
+        if not np.array_equal(np.stack([scores for scores, _ in made["flowc"](first)]), expected):
+            raise SystemExit(f"flowc: other scores than FAISS at batch {batch}, nprobe {nprobe}, k {k}")
+        for _ in range(9 if batch > 1 else 2):  # it has tried each of its forms then
+            made["flowc"](self.draw(batch))
+        began = time.thread_time()
+        made["faiss batched"](self.draw(batch))
+        cost = 3 * (time.thread_time() - began)
+        turns = max(1, min(32 // batch, int(self.seconds / cost / 5)))
+        rounds = max(3, min(15, int(self.seconds / (cost * turns))))
+        cpu: dict[str, list[float]] = {name: [] for name in made}
+        wall: dict[str, list[float]] = {name: [] for name in made}
         names = list(made)
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            system = made[name]
-            c, w = time.process_time(), time.perf_counter()
-            for drawn in batches:
-                system(drawn)
-            cpu[name].append((time.process_time() - c) / (turns * batch) * 1e6)
-            wall[name].append((time.perf_counter() - w) / (turns * batch) * 1e6)
-    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    probed = index.quantizer.search(draw(), nprobe)[1]
-    share = round(probed.size / len(np.unique(probed)), 2)
-    best = min(statistics.median(cpu["faiss one by one"]), statistics.median(cpu["faiss batched"]))
-    return [
-        {
+        for number in range(rounds):
+            batches = [self.draw(batch) for _ in range(turns)]
+            for name in names[number % 3 :] + names[: number % 3]:
+                c, w = timed(made[name], batches)
+                cpu[name].append(c / batch)
+                wall[name].append(w / batch)
+        best = min(names[:2], key=lambda name: statistics.median(cpu[name]))
+        times = [a / b for a, b in zip(cpu[best], cpu["flowc"], strict=True)]
+        probed = self.plain.quantizer.search(self.draw(batch), nprobe)[1]
+        return {
             "batch": batch,
             "nprobe": nprobe,
             "k": k,
-            "share": share,
-            "system": name,
-            "cpu_us": quartiles(cpu[name]),
-            "wall_us": quartiles(wall[name]),
-            "times_faiss": round(best / statistics.median(cpu[name]), 2),
+            "share": round(probed.size / len(np.unique(probed)), 2),
+            "rounds": rounds,
+            "cpu_us": {name: quartiles(values) for name, values in cpu.items()},
+            "wall_us": {name: quartiles(values) for name, values in wall.items()},
+            "times_faiss": quartiles(times, 3),
+            "better_faiss": best,
+            "wanted": AT_LEAST.get(batch, FLOOR),
         }
-        for name in made
-    ]
+
+    # ---------------------------------------------------------------------------------------- pieces
+    def pieces(self, queries: F32, k: int, nprobe: int, count: int) -> None:
+        searches = self.lists.begin_many(queries, [k] * len(queries), [nprobe] * len(queries))
+        for n in range(count):
+            ranks = range(n * nprobe // count, (n + 1) * nprobe // count)
+            self.lists.run([(search, ranks) for search in searches])
+        for search in searches:
+            self.lists.finish(search)
+
+    def split(self, batch: int, nprobe: int, k: int, rounds: int, cold: bool) -> dict[str, Any]:
+        """What begin, 1 or 8 scans, and finish cost; `cold`: 64 MB of other numbers were read before each."""
+        junk = np.ones(16 << 20, dtype=np.float32)
+        cost: dict[int, list[float]] = {1: [], 8: []}
+        for number in range(rounds):
+            queries = self.draw(batch)
+            for count in (1, 8) if number % 2 else (8, 1):
+                junk.sum() if cold else self.pieces(queries, k, nprobe, count)
+                began = time.thread_time()
+                self.pieces(queries, k, nprobe, count)
+                cost[count].append((time.thread_time() - began) * 1e6 / batch)
+        return {
+            "batch": batch,
+            "nprobe": nprobe,
+            "k": k,
+            "caches": "cold" if cold else "warm",
+            "cpu_us": {f"in {count}": quartiles(values) for count, values in cost.items()},
+            "times_whole": quartiles([b / a for a, b in zip(cost[1], cost[8], strict=True)], 3),
+        }
+
+    # ---------------------------------------------------------------------------------------- under load
+    def under_load(self, nprobe: int, k: int, seconds: float) -> dict[str, Any]:
+        """Latency of single searches, 200 a second, while batches of 32 are scanned without end in steps of 1 ms."""
+        ended = threading.Event()
+        scanned = 0
+
+        def load() -> None:
+            nonlocal scanned
+            while not ended.is_set():
+                searches = self.lists.begin_many(self.draw(32), [k] * 32, [nprobe] * 32)
+                while not all(search.done for search in searches):
+                    with tokens.hold():
+                        self.lists.scan(searches, ScanBudget(seconds=0.001))
+                scanned += 32
+
+        queries = [self.draw(1) for _ in range(int(200 * seconds))]
+        found: dict[str, list[float]] = {}
+        for name in ("alone", "under load"):
+            thread = threading.Thread(target=load)
+            if name == "under load":
+                thread.start()
+            found[name] = []
+            for query in queries:
+                began = time.perf_counter()
+                with tokens.hold():
+                    self.lists.search(query, [k], [nprobe])
+                took = time.perf_counter() - began
+                found[name].append(took * 1e6)
+                time.sleep(max(0.0, 0.005 - took))
+        ended.set()
+        thread.join()
+        rows = {
+            name: {f"p{p}_us": round(float(np.percentile(values, p)), 1) for p in (50, 90, 99)}
+            for name, values in found.items()
+        }
+        times = {name: round(row["p99_us"] / row["p50_us"], 2) for name, row in rows.items()}
+        return {"nprobe": nprobe, "k": k, "searches": len(queries), "beside": scanned, **rows, "p99_by_p50": times}
+
+    # ---------------------------------------------------------------------------------------- beside a decode
+    def beside(self, nprobe: int, k: int, seconds: float) -> dict[str, Any]:
+        """Processor time a unit of work of two threads, alone and side by side.
+
+        One searches 32 at a time; the other multiplies 8 rows with 24 matrices of 1,024 x 1,024, the products of a step
+        of a small model's decode.
+        """
+        rng = np.random.default_rng(SEED)
+        layers = [rng.standard_normal((1024, 1024), dtype=np.float32) for _ in range(24)]
+        state = rng.standard_normal((8, 1024), dtype=np.float32)
+
+        def scan() -> None:
+            queries = self.draw(32)
+            with tokens.hold():
+                self.lists.search(queries, [k] * 32, [nprobe] * 32)
+
+        def decode() -> None:
+            with tokens.hold():
+                for layer in layers:
+                    for n in range(0, 1024, 32):  # small enough that no library starts threads of its own
+                        _ = state @ layer[:, n : n + 32]
+
+        def cost(work: Callable[[], None], out: list[float]) -> None:
+            faiss.omp_set_num_threads(1)
+            end, count = time.perf_counter() + seconds, 0
+            began = time.thread_time()
+            while time.perf_counter() < end:
+                work()
+                count += 1
+            out.append((time.thread_time() - began) / count * 1e6)
+
+        rows: dict[str, dict[str, list[float]]] = {w: {"alone": [], "beside": []} for w in ("scan", "decode")}
+        for _ in range(5):
+            cost(scan, rows["scan"]["alone"])
+            cost(decode, rows["decode"]["alone"])
+            threads = [
+                threading.Thread(target=cost, args=(work, rows[name]["beside"]))
+                for name, work in (("scan", scan), ("decode", decode))
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        return {
+            name: {
+                "cpu_us": {how: quartiles(values) for how, values in row.items()},
+                "lost": round(statistics.median(row["beside"]) / statistics.median(row["alone"]) - 1, 3),
+            }
+            for name, row in rows.items()
+        }
+
+
+def timed(system: Search, batches: list[F32]) -> tuple[float, float]:
+    """Microseconds a batch: of this thread's processor time, and on the wall."""
+    c, w = time.thread_time(), time.perf_counter()
+    for batch in batches:
+        system(batch)
+    count = len(batches)
+    return (time.thread_time() - c) / count * 1e6, (time.perf_counter() - w) / count * 1e6
+
+
+def quartiles(values: list[float], digits: int = 1) -> tuple[float, float, float]:
+    """Median first, then the first and third quartile."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return round(middle, digits), round(low, digits), round(high, digits)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--repeat", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the points")
+    parser.add_argument("--seconds", type=float, default=2.5, help="of processor time for a point (default 2.5)")
     parser.add_argument("--vectors", type=Path, help="unit vectors, (count, dim), .npy")
     parser.add_argument("--queries", type=Path, help="unit vectors, .npy")
+    parser.add_argument("--name", help="what the vectors are, for the record")
     parser.add_argument("--nlist", type=int)
-    parser.add_argument("--nprobe", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--nprobe", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64, 128, 512])
-    parser.add_argument("-k", type=int, nargs="+", default=[10])
+    parser.add_argument("-k", type=int, nargs="+", default=[1, 10, 100])
     options = parser.parse_args()
     if (options.vectors is None) != (options.queries is None):
         parser.error("--vectors and --queries go together")
     if options.vectors is not None:
-        name = options.vectors.stem
         vectors, queries = (np.load(p).astype(np.float32) for p in (options.vectors, options.queries))
+        name = options.name or options.vectors.stem
     else:
         name, vectors, queries = bundled()
     if options.quick:
-        options.repeat, options.batch, options.nprobe = 5, [1, 32, 128], [16]
+        options.batch, options.nprobe, options.k, options.seconds = [1, 32, 512], [64], [10], 1.0
     nlist = options.nlist or 2 ** round(np.log2(3 * np.sqrt(len(vectors))))
-    faiss.omp_set_num_threads(os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "lists.faiss"
-        build(vectors, nlist, path)
+        faiss.omp_set_num_threads(os.cpu_count() or 1)
+        paths = build(vectors, nlist, Path(folder))
         faiss.omp_set_num_threads(1)
-        about = {
+        report: dict[str, Any] = {
             "corpus": name,
             "vectors": len(vectors),
             "dim": int(vectors.shape[1]),
             "nlist": nlist,
-            "codec": "fp16",
             "queries": len(queries),
             "python": platform.python_version(),
             "faiss": faiss.__version__,
             "numpy": np.__version__,
             "processor": processor(),
+            "cores": tokens.count,
             "load": os.getloadavg()[0],
-            "rounds": options.repeat,
             "seed": SEED,
         }
-        print("  ".join(f"{key} {value}" for key, value in about.items()), file=sys.stderr)
-        rng = np.random.default_rng(SEED)
-        rows = []
-        for nprobe in options.nprobe:
-            for k in options.k:
-                for batch in options.batch:
-                    found = measure(path, queries, batch, k, nprobe, options.repeat, rng)
-                    rows += found
-                    print(f"\nbatch {batch}, nprobe {nprobe}, k {k}: each list wanted {found[0]['share']} times")
-                    for row in found:
-                        c, w = row["cpu_us"], row["wall_us"]
-                        print(
-                            f"  {row['system']:18} {c[1]:8.1f} us cpu ({c[0]:.1f} to {c[2]:.1f}), {w[1]:8.1f} us wall "
-                            f"({w[0]:.1f} to {w[2]:.1f}), {row['times_faiss']:.2f} times the better FAISS"
-                        )
+        print("  ".join(f"{key} {value}" for key, value in report.items()), file=sys.stderr)
+        half = Points(paths["fp16"], queries, options.seconds)
+        report["fp16"] = [
+            shown(half.measure(batch, nprobe, k), "fp16")
+            for nprobe in options.nprobe
+            for k in options.k
+            for batch in options.batch
+        ]
+        full = Points(paths["fp32"], queries, options.seconds)
+        nprobe, k = options.nprobe[len(options.nprobe) // 2], options.k[len(options.k) // 2]
+        report["fp32"] = [shown(full.measure(batch, nprobe, k), "fp32") for batch in options.batch]
+        del full
+        rounds = 40 if options.quick else 150
+        report["pieces"] = [
+            half.split(1, nprobe, k, rounds, cold=True),
+            half.split(32, nprobe, k, rounds // 8, cold=False),
+        ]
+        for row in report["pieces"]:
+            print(f"batch {row['batch']}, {row['caches']}: in 8 pieces {row['times_whole'][0]} times what in one takes")
+        seconds = 2.0 if options.quick else 10.0
+        report["under_load"] = half.under_load(nprobe, k, seconds)
+        print(f"single searches, p99 by p50: {report['under_load']['p99_by_p50']}")
+        report["beside"] = half.beside(nprobe, k, seconds / 10)
+        print("side by side, processor time lost:", {name: row["lost"] for name, row in report["beside"].items()})
+    rows = report["fp16"]
+    report["missed"] = [
+        {key: row[key] for key in ("batch", "nprobe", "k", "times_faiss", "wanted")}
+        for row in rows
+        if row["times_faiss"][0] < row["wanted"]
+    ]
+    print(f"{len(rows) - len(report['missed'])} of {len(rows)} points reach what is wanted of them")
     if options.json:
-        options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def shown(row: dict[str, Any], codec: str) -> dict[str, Any]:
+    cost = "  ".join(f"{name} {value[0]:.0f}" for name, value in row["cpu_us"].items())
+    times, low, high = row["times_faiss"]
+    mark = "" if times >= row["wanted"] else f"  below {row['wanted']}"
+    print(
+        f"{codec}  batch {row['batch']:3}  nprobe {row['nprobe']:3}  k {row['k']:3}  share {row['share']:5}  us cpu a "
+        f"query: {cost}  {times:.2f} times ({low:.2f} to {high:.2f}){mark}",
+        flush=True,
+    )
+    return row
 
 
 def processor() -> str:

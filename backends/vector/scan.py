@@ -743,7 +743,7 @@ class Lists:
 
         Raises `ValueError` for a search that stands there twice (one step at a time) or is one of another index.
         """
-        if len(work) == 1 and self._run_next(*work[0]):
+        if self._run_next(*work[0]) if len(work) == 1 else self._run_abreast(work):
             return
         if len({id(search) for search, _ in work}) < len(work):
             raise ValueError("a search stands twice in one step")
@@ -782,6 +782,29 @@ class Lists:
         lists = batch.lists[row : row + 1, ranks.start : ranks.stop]
         self._call(batch.queries[row], lists, batch.scores[row], batch.ids[row], batch.only)
         search._took(ranks)
+        return True
+
+    def _run_abreast(self, work: Sequence[tuple[ListSearch, Sequence[int] | I64]]) -> bool:
+        """Whether this is a whole batch, in order, that goes on together: then the ranks were scanned, as above."""
+        if not work or self.base.accelerator is not None:
+            return False
+        batch, ranks = work[0][0].batch, work[0][1]
+        if not isinstance(ranks, range) or ranks.step != 1 or len(work) != len(batch.queries) or not ranks:
+            return False
+        start, stop = ranks.start, ranks.stop
+        for row, (search, wanted) in enumerate(work):
+            if search.batch is not batch or search.row != row:
+                return False
+            if wanted is not ranks and not (isinstance(wanted, range) and wanted == ranks):
+                return False
+            if search.rank != start or search._mask is not None or search.units < stop or search.cancelled:
+                return False
+        if work[0][0].of is not self:
+            return False
+        self._faiss.omp_set_num_threads(1)
+        self._wave(batch.queries, batch.lists[:, start:stop], batch.scores, batch.ids, batch.only)
+        for search, _ in work:
+            search._took(ranks)
         return True
 
     def _step(self, work: list[tuple[ListSearch, Ranks]]) -> None:
