@@ -74,7 +74,11 @@ class Scan(Protocol):
 
 
 class Device(Protocol):
-    """Memory for pages and something that scans them. One thread at a time calls it, but for `Scan.result`."""
+    """Memory for pages and something that scans them.
+
+    One thread at a time calls it, but for `scan` and what it gives, which may come from any thread meanwhile: their
+    pages are neither filled, moved nor given back before the result was taken.
+    """
 
     name: str
     max_k: int

@@ -13,6 +13,9 @@ from flowc.backends.embed.hashing import HashingEmbedder
 from flowc.backends.vector import Passage, build_index, open_index
 from flowc.backends.vector.device.retriever import DeviceRetriever
 from flowc.backends.vector.device.simulated import SimulatedDevice
+from flowc.commands.doctor import _index
+from flowc.config import load_config
+from flowc.engine import BoundResources
 from flowc.ir.errors import ResourceError
 from flowc.ir.values import Docs
 from flowc.runtime.protocols import ClusterCache, ElasticRetriever, SearchRequest
@@ -144,3 +147,15 @@ def test_after_the_end_a_search_says_so_and_advice_is_silent(opened: Opened) -> 
     cached.release("a")
     found = cached.search([SearchRequest("text", 3)])
     assert isinstance(found[0], ResourceError)
+
+
+def test_the_configuration_says_it_and_the_doctor_shows_it(built: Callable[[str], Path]) -> None:
+    section = {"path": str(built("ivf")), "device": "simulated", "device_bytes": 100_000}
+    config = load_config(built("ivf"), environ={}, flags={"index": {"docs": section}})
+    resources = BoundResources(config)
+    found = resources.index("docs")
+    assert isinstance(found, DeviceRetriever)
+    assert found.cache.bound_bytes <= 100_000
+    resources.close()
+    for deep in (False, True):
+        assert "clusters on simulated, at most 100,000 bytes" in _index(config.index["docs"], deep)
