@@ -16,7 +16,7 @@ from flowc.backends.embed.hashing import HashingEmbedder
 from flowc.backends.vector import Passage, open_index
 from flowc.backends.vector.bm25 import BM25Retriever
 from flowc.backends.vector.ivf import IVFRetriever
-from flowc.backends.vector.scan import SHARED_ENOUGH, Form, Lists, ListSearch, _Forms, load_faiss
+from flowc.backends.vector.scan import SHARED_ENOUGH, Form, Lists, ListSearch, Selection, _Forms, load_faiss
 from flowc.ir.errors import ResourceError
 from flowc.ir.values import Docs
 from flowc.runtime.protocols import Bounded, Budget, ElasticRetriever, ScanBudget, SearchRequest
@@ -27,12 +27,12 @@ I64 = npt.NDArray[np.int64]
 Row = list[tuple[float, int]]
 
 
-def made(vectors: F32, nlist: int, codec: str = "fp16") -> Lists:
+def made(vectors: F32, nlist: int, codec: str = "fp16", is_l2: bool = False) -> Lists:
     """Inverted lists in memory, trained as `build_index` trains them but on centroids that are some of the vectors."""
     faiss = load_faiss()
     dim = vectors.shape[1]
-    quantizer = faiss.IndexFlatIP(dim)
-    metric = faiss.METRIC_INNER_PRODUCT
+    quantizer = faiss.IndexFlatL2(dim) if is_l2 else faiss.IndexFlatIP(dim)
+    metric = faiss.METRIC_L2 if is_l2 else faiss.METRIC_INNER_PRODUCT
     if codec == "fp16":
         kind = faiss.ScalarQuantizer.QT_fp16
         index = faiss.IndexIVFScalarQuantizer(quantizer, dim, nlist, kind, metric, False)
@@ -506,23 +506,40 @@ def test_padding_of_unequal_heaps_never_enters_a_result(passages: list[Passage],
         assert [index.finish(s) for s in searches] == alone
 
 
-@settings(max_examples=60)
-@given(data=st.data(), vectors=vectors_)
-def test_a_batch_in_one_call_is_its_searches_one_by_one(data: st.DataObject, vectors: F32) -> None:
-    lists = made(vectors, data.draw(st.integers(1, min(len(vectors), 40)), label="nlist"))
+def selected(lists: Lists, share: float, seed: int) -> Selection:
+    """About that share of the vectors."""
+    taken = np.random.default_rng(seed).random(lists.count) < share
+    sizes = np.zeros(lists.nlist, dtype=np.int64)
+    for number, _, ids in lists.positions(np.arange(lists.count)):
+        sizes[number] = taken[ids].sum()
+    return Selection(np.packbits(taken, bitorder="little"), sizes)
+
+
+@settings(max_examples=80)
+@given(data=st.data(), vectors=vectors_, codec=st.sampled_from(["fp16", "fp32"]), is_l2=st.booleans())
+def test_a_batch_in_one_call_is_its_searches_one_by_one(
+    data: st.DataObject, vectors: F32, codec: str, is_l2: bool
+) -> None:
+    vectors = vectors * np.float32(data.draw(st.sampled_from([1, 0.001, 30]), label="norm"))
+    lists = made(vectors, data.draw(st.integers(1, min(len(vectors), 40)), label="nlist"), codec, is_l2)
     count = data.draw(st.integers(0, 40), label="queries")
     rng = np.random.default_rng(count)
     queries = unit(np.concatenate([vectors, rng.standard_normal((40, 8))])[rng.permutation(len(vectors) + 40)[:count]])
+    queries *= np.float32(data.draw(st.sampled_from([1, 2.0**20]), label="norm of queries"))
     sizes = st.integers(1, len(vectors) + 2)
     same = data.draw(st.none() | sizes, label="k of all")
     k = [same or data.draw(sizes) for _ in range(count)]
     nprobe = [data.draw(st.integers(1, lists.nlist)) for _ in range(count)]
+    share = data.draw(st.none() | st.sampled_from([0.1, 0.5]), label="selected")
+    only = None if share is None else selected(lists, share, count)
     lists._forms = Always(data.draw(forms_, label="form"))
-    together = lists.search(queries, k, nprobe)
+    together = lists.search(queries, k, nprobe, [only] * count)
     for query, want, probes, found in zip(queries, k, nprobe, together, strict=True):
-        alone = lists.begin(query, want, probes)
+        alone = lists.begin(query, want, probes, only=only)
         assert rows(found) == rows(lists.finish(alone))
-        assert np.array_equal(alone.lists, lists.begin_many(query[None], [want], [probes])[0].lists)
+        single = lists.search(query[None], [want], [probes], [only])[0]
+        assert rows(single) == rows(found)
+        assert np.array_equal(alone.lists, lists.begin_many(query[None], [want], [probes], only=[only])[0].lists)
     # The nearest lists by matrix products are the nearest lists by canonical scores, in their order.
     for search, query, want, probes in zip(lists.begin_many(queries, k, nprobe), queries, k, nprobe, strict=True):
         one = lists.begin(query, want, probes)
