@@ -20,24 +20,25 @@ measured on the engine first.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import math
 import random
 import resource
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flowc import LLM, workflow
+from flowc import LLM, Index, workflow
 from flowc.backends.simulated.llm import Work
-from flowc.backends.simulated.profiles import Machine, load_machine
+from flowc.backends.simulated.profiles import LLMProfile, Machine, load_machine
 from flowc.runtime.plan import Plan
 from flowc.runtime.protocols import GenerateRequest
 from flowc.simulate import Arrivals, Job, simulate
 
-llm = LLM("default")
+llm, docs = LLM("default"), Index("docs")
 
 
 # A prompt stands for its tokens: "program|shared|new|output#". `work` below reads it.
@@ -199,9 +200,168 @@ def shapes(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def scale(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A search and a generation a program, and chains of ShareGPT's shape, at load 0.7 or so."""
+    machine = load_machine(args.machine)
+    rag_plan = rag.compile(opt=2).plan
+    programs = Programs("sharegpt", args.seed)
+    rows = []
+    for name, job, rate, of in (
+        ("rag", lambda n: Job(rag_plan, (f"What of number {n}?",)), 0.5, None),
+        ("sharegpt", programs.job, 0.05, work),
+    ):
+        start = time.process_time(), time.perf_counter()
+        options = {"work": of} if of is not None else {}
+        report = simulate(
+            job, programs=args.programs, arrivals=Arrivals(rate=rate), machine=machine, policy="atlas", **options
+        )
+        row = {
+            "what": name,
+            "programs": report.programs,
+            "cpu_s": round(time.process_time() - start[0], 1),
+            "wall_s": round(time.perf_counter() - start[1], 1),
+            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "mean_latency_s": report.latency.mean,
+            "busy": [lane["busy"] for lane in report.lanes.values()],
+        }
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+# -- the simulated run beside the real one
+
+
+@workflow
+def qa(question: str) -> str:
+    """Two generations, the second over the first's text."""
+    draft = llm.generate(f"Question: {question} Answer at length:", max_tokens=24)
+    return llm.generate(f"Question: {question} Draft: {draft} Better:", max_tokens=16)
+
+
+@workflow
+def rag(question: str) -> str:
+    return llm.generate(f"Context:\n{docs.search(question, k=4)}\n\nQuestion: {question}\nAnswer:", max_tokens=64)
+
+
+def real(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The same Poisson arrivals on the paged engine, by the clock, and in the simulation."""
+    import tempfile
+
+    from flowc.backends.llm.paged.backend import PagedBackend
+    from flowc.backends.llm.tiny import write_tiny_model
+    from flowc.runtime.engine import Runtime
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_tiny_model(folder, hidden=384, layers=6, heads=6, kv_heads=2)
+        backend = PagedBackend(str(model), threads=1, max_sequences=8)
+    backend.max_batch = 1  # a wavefront's answers come together: here each should come when it is there
+    backend.generate([GenerateRequest("warm up", max_tokens=4)])
+    profile, prompts = measured(backend)
+    print(f"measured: {profile}", flush=True)
+    machine = replace(load_machine("cpu-2core"), name="this machine", llm=profile)
+    plan = qa.compile(opt=1).plan
+    words = "list dict tuple module string number path value object type".split()
+
+    def job(n: int) -> Job:
+        draw = random.Random(f"{args.seed} {n}")
+        return Job(plan, (" ".join(draw.choices(words, k=draw.randint(4, 40))),))
+
+    def tokens(request: GenerateRequest, seed: int) -> Work:
+        return Work(prompts(request.prompt), request.max_tokens, text="x " * request.max_tokens)
+
+    alone = simulate(job, programs=20, arrivals=Arrivals(closed=1), machine=machine, work=tokens).latency.mean
+    full = simulate(job, programs=100, arrivals=Arrivals(closed=16), machine=machine, work=tokens)
+    rows = []
+    for load in map(float, args.loads.split(",")):
+        coming = Arrivals(rate=load * full.throughput)
+        found = simulate(job, programs=args.programs, arrivals=coming, machine=machine, seed=args.seed, work=tokens)
+
+        async def run(coming: Arrivals = coming) -> list[float]:
+            loop = asyncio.get_running_loop()
+            latencies: list[float] = []
+            start = loop.time()
+
+            async def one(n: int, at_s: float) -> None:
+                await asyncio.sleep(start + at_s - loop.time())
+                before = loop.time()
+                await runtime.run_async(plan, job(n).args)
+                latencies.append(loop.time() - before)
+
+            moments = zip(range(args.programs), coming.moments(args.seed), strict=False)
+            await asyncio.gather(*(one(n, at_s) for n, at_s in moments))
+            return latencies
+
+        with Runtime(_Only(backend)) as runtime:
+            seen = asyncio.run(run())
+        mean = sum(seen) / len(seen)
+        row = {
+            "load": load,
+            "programs": args.programs,
+            "real_mean_s": round(mean, 4),
+            "simulated_mean_s": round(found.latency.mean, 4),
+            "difference": round(found.latency.mean / mean - 1, 3),
+            "alone_s": round(alone, 4),
+        }
+        rows.append(row)
+        print(row, flush=True)
+    backend.close()
+    return rows
+
+
+class _Only:
+    """One model under every name."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def llm(self, name: str) -> Any:
+        return self.model
+
+    def index(self, name: str) -> Any:
+        raise LookupError(name)
+
+    embedder = reranker = index
+
+
+def measured(backend: Any) -> tuple[LLMProfile, Callable[[str], int]]:
+    """A profile of an engine: a step's fixed cost and that of a sequence from batches of 1 and 8, that of a prompt
+    token from prompts of two lengths; each the median of five. And how many tokens a text has.
+    """
+    text = " ".join(f"word{i}" for i in range(400))
+
+    def seconds(batch: int, words: int, new: int) -> float:
+        times = []
+        for turn in range(5):
+            prompts = [f"{turn} {batch} {words} {new} {i} {text[: words * 8]}" for i in range(batch)]
+            start = time.perf_counter()
+            backend.generate([GenerateRequest(p, max_tokens=new) for p in prompts])
+            times.append(time.perf_counter() - start)
+        return sorted(times)[2]
+
+    def step(batch: int) -> float:
+        return (seconds(batch, 4, 65) - seconds(batch, 4, 1)) / 64
+
+    one, eight = step(1), step(8)
+    sequence_s = max(0.0, (eight - one) / 7)
+    few, many = backend.count_tokens(text[: 4 * 8]), backend.count_tokens(text[: 200 * 8])
+    prompt_s = (seconds(1, 200, 1) - seconds(1, 4, 1)) / (many - few)
+    engine = backend.engine
+    profile = LLMProfile(
+        step_s=one - sequence_s,
+        sequence_s=sequence_s,
+        prompt_s=prompt_s,
+        context_s=0.0,
+        max_sequences=8,
+        max_step_tokens=256,
+        kv_tokens=engine.capacity_tokens,
+    )
+    return profile, backend.count_tokens
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("shapes",))
+    parser.add_argument("what", choices=("shapes", "scale", "real"))
     parser.add_argument("--machine", default="cpu-2core")
     parser.add_argument("--slots", type=int, help="sequences in a step; absent: the profile's")
     parser.add_argument("--programs", type=int, default=600)
@@ -212,7 +372,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = {"shapes": shapes}[args.what](args)
+    rows = {"shapes": shapes, "scale": scale, "real": real}[args.what](args)
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
