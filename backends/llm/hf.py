@@ -40,8 +40,8 @@ class HFBackend(LocalBackend):
     """A causal language model run by transformers' own attention, in padded batches.
 
     `model` names it, see `LocalModel` for this and for what can be wrong with it, or is a `LocalModel` (then `dtype`,
-    `device`, `threads`, `revision` and `name` are its own). `max_batch` rows share a forward pass. `why` is told by
-    `info()`: the reason why this backend runs a model that was meant for another.
+    `device`, `threads`, `revision`, `name` and `trust_remote_code` are its own). `max_batch` rows share a forward pass.
+    `why` is told by `info()`: the reason why this backend runs a model that was meant for another.
 
     A single request fails with `ResourceError` F068 where its prompt exceeds the model's context and with F069 where it
     does not fit into memory alone.
@@ -57,13 +57,18 @@ class HFBackend(LocalBackend):
         *,
         revision: str | None = None,
         name: str | None = None,
+        trust_remote_code: bool = False,
         why: str | None = None,
     ) -> None:
         if max_batch < 1:
             raise ResourceError(
                 f"max_batch must be at least 1, not {max_batch}", hint="give the number of rows in a batch"
             )
-        local = model if isinstance(model, LocalModel) else LocalModel(model, dtype, device, threads, revision, name)
+        local = (
+            model
+            if isinstance(model, LocalModel)
+            else LocalModel(model, dtype, device, threads, revision, name, trust_remote_code)
+        )
         super().__init__(local)
         self.max_batch = max_batch
         self.why = why

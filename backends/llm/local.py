@@ -39,10 +39,11 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class LocalModel:
     """A causal language model and its tokenizer, read from a local folder or the Hugging Face hub.
 
-    `source` is a folder with `config.json`, `*.safetensors` and a tokenizer (never fetched, never trusted to run code),
-    or a hub id such as `Qwen/Qwen3-0.6B`, which is downloaded unless it is cached. `dtype` is "float32", "bfloat16",
-    "float16" or "auto" (the checkpoint's own). `device` None takes the GPU if there is one. `threads` sets torch's
-    threads for the whole process; on a busy machine one is often the fastest.
+    `source` is a folder with `config.json`, `*.safetensors` and a tokenizer (nothing is fetched for it), or a hub id
+    such as `Qwen/Qwen3-0.6B`, which is downloaded unless it is cached. `dtype` is "float32", "bfloat16", "float16" or
+    "auto" (the checkpoint's own). `device` None takes the GPU if there is one. `threads` sets torch's threads for the
+    whole process; on a busy machine one is often the fastest. Python that comes with a model runs only with
+    `trust_remote_code`, weights are read from safetensors only.
 
     Raises `ResourceError`: F064 no such folder or hub id, F065 damaged, incomplete or not safetensors, F066 no
     tokenizer, F067 not a causal language model.
@@ -56,6 +57,7 @@ class LocalModel:
         threads: int | None = None,
         revision: str | None = None,
         name: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         if dtype != "auto" and dtype not in _DTYPES:
             raise ResourceError(f"unknown dtype {dtype!r}", hint=f"use one of {', '.join(_DTYPES)}, auto")
@@ -66,7 +68,7 @@ class LocalModel:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         where: dict[str, Any] = {
             "local_files_only": is_folder,
-            "trust_remote_code": False,
+            "trust_remote_code": trust_remote_code,
             "revision": revision or "main",
         }
         config = _load_config(place, where)
@@ -340,7 +342,8 @@ def _load_config(source: str, where: dict[str, Any]) -> Any:
     except Exception as e:  # transformers and the hub raise many types for a bad configuration
         raise _unreadable(source, where, e) from e
     names = getattr(config, "architectures", None) or []
-    causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    own = where["trust_remote_code"] and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    causal = own or type(config) in transformers.AutoModelForCausalLM._model_mapping
     if (
         getattr(config, "is_encoder_decoder", False)
         or not causal

@@ -102,12 +102,13 @@ class PagedBackend(LocalBackend):
     """A causal language model on the paged engine.
 
     `model` names it, see `LocalModel` for this and for what can be wrong with it, or is a `LocalModel` (then `dtype`,
-    `device`, `threads`, `revision` and `name` are its own). `kv_blocks` blocks of `block_size` tokens hold the cache;
-    by default as many as `max_sequences` sequences of 1,024 tokens need. `max_step_tokens` bounds a step: smaller
-    keeps tokens flowing while long prompts come in, larger gets prompts done sooner. `max_batch` bounds the requests of
-    one call, `max_calls` the calls that may be in flight at once; their requests join the running batch. What must
-    leave the cache goes in the order of `policy` (see `policies.POLICIES`), to `host_blocks` blocks of host memory.
-    `pack` keeps a second copy of the linear weights in the order that the CPU reads fastest; None: where there is room.
+    `device`, `threads`, `revision`, `name` and `trust_remote_code` are its own). `kv_blocks` blocks of `block_size`
+    tokens hold the cache; by default as many as `max_sequences` sequences of 1,024 tokens need. `max_step_tokens`
+    bounds a step: smaller keeps tokens flowing while long prompts come in, larger gets prompts done sooner. `max_batch`
+    bounds the requests of one call, `max_calls` the calls that may be in flight at once; their requests join the
+    running batch. What must leave the cache goes in the order of `policy` (see `policies.POLICIES`), to `host_blocks`
+    blocks of host memory. `pack` keeps a second copy of the linear weights in the order that the CPU reads fastest;
+    None: where there is room.
     `batch_invariant` makes a request's logits independent, to the last bit, of everything else; see `Engine`.
 
     It is a `PrefixCache` too. Advice is given as text and works on tokens: the end of a prefix may be cut into other
@@ -138,10 +139,15 @@ class PagedBackend(LocalBackend):
         pack: bool | None = None,
         revision: str | None = None,
         name: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         if policy not in POLICIES:
             raise ResourceError(f"unknown policy {policy!r}", hint=f"use one of {', '.join(POLICIES)}")
-        local = model if isinstance(model, LocalModel) else LocalModel(model, dtype, device, threads, revision, name)
+        local = (
+            model
+            if isinstance(model, LocalModel)
+            else LocalModel(model, dtype, device, threads, revision, name, trust_remote_code)
+        )
         super().__init__(local)
         self.max_batch = max_batch
         self._lock = threading.Lock()

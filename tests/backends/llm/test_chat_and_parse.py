@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -133,18 +134,38 @@ def test_a_template_is_confined_and_fails_its_own_request(folder: Path, tmp_path
     assert isinstance(good, Generation)
 
 
-def test_a_model_brings_no_code_of_its_own(folder: Path, tmp_path: Path) -> None:
+OWN_CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({mark!r}).touch()
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+class Mine(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+def test_a_models_own_code_runs_only_when_asked(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flowc.backends.llm.hf import HFBackend
 
-    own = shutil.copytree(folder, tmp_path / "own")
+    for module in ("transformers.dynamic_module_utils", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{module}.HF_MODULES_CACHE", str(tmp_path / "modules"), raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    own, mark = shutil.copytree(folder, tmp_path / "own"), tmp_path / "ran"
     config = json.loads((own / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {n: f"mine.{n}" for n in ("AutoConfig", "AutoModelForCausalLM")}}
+    code = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.Mine"}
+    config |= {"model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": code}
     (own / "config.json").write_text(json.dumps(config))
-    (own / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nAutoConfig = None\n")
+    (own / "mine.py").write_text(OWN_CODE.format(mark=str(mark)))
     with pytest.raises(ResourceError) as told:
         HFBackend(own, device="cpu")
     assert told.value.code == "F065"
-    assert not (tmp_path / "ran").exists()
+    assert not mark.exists()
+    asked = [GenerateRequest("What is a list?", max_tokens=6)]
+    assert list(HFBackend(own, device="cpu", trust_remote_code=True).generate(asked)) == list(
+        HFBackend(folder, device="cpu").generate(asked)
+    )
+    assert mark.exists()
 
 
 def test_a_conversation_stays_one_when_it_is_copied() -> None:
