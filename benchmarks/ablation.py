@@ -31,7 +31,7 @@ from flowc.backends.llm.tiny import write_tiny_model  # noqa: E402
 from flowc.backends.vector.bundle import index_bundle  # noqa: E402
 from flowc.dsl.workflow import Workflow  # noqa: E402
 from flowc.ir.printer import print_graph  # noqa: E402
-from flowc.passes.manager import PIPELINES  # noqa: E402
+from flowc.passes.manager import PASSES, PIPELINES  # noqa: E402
 
 MARGIN = 0.03  # a pass that makes a workflow slower by more has failed
 
@@ -46,8 +46,8 @@ def variants(workflow: Workflow[..., Any], level: int) -> dict[str, str]:
     fired = {r.pass_name for r in workflow.compile(opt=level).compilation.remarks if r.fired}
     found = {"base": ",".join(base), "all": ",".join(full)}
     for name in full:
-        if name in base or name not in fired:
-            continue
+        if name in base or name not in fired or not (PASSES[name].on_trial or name == "prune-edges"):
+            continue  # the others only write down what runs together
         kept = {*base, name, "prune-edges"}
         found[f"alone {name}"] = ",".join(n for n in full if n in kept)
         found[f"without {name}"] = ",".join(n for n in full if n != name)
