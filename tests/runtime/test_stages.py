@@ -8,6 +8,7 @@ import random
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,7 +27,7 @@ from flowc.ir.verifier import verify
 from flowc.runtime.clock import VirtualLoop
 from flowc.runtime.engine import Runtime
 from flowc.runtime.lanes import SubStages
-from flowc.runtime.plan import build_plan
+from flowc.runtime.plan import Plan, build_plan
 from flowc.runtime.protocols import GenerateRequest, Generation, SearchRequest
 from flowc.runtime.reference import interpret
 from flowc.runtime.stages import LINES, Splitter, close_items, split
@@ -93,6 +94,29 @@ def test_driver_equals_reference_on_many(block: int) -> None:
         want = expected(seed, (x, y))
         for prune in (False, True):
             assert driven(seed, (x, y), seed + 1, prune) == want, f"seed {seed}, x={x}, y={y}, prune={prune}"
+
+
+def test_random_programs_reach_what_they_are_for() -> None:
+    """Guesses are taken and dropped, advice is given, items are split off, also in programs that end well."""
+    ends: Counter[tuple[str, str]] = Counter()
+    values = 0
+    for seed in range(200):
+        loop, trace = VirtualLoop(seed), Trace()
+        play = StagePlay(loop.random)
+        plan = build_plan(pruned(stage_workflow(seed, play)))
+
+        async def run(play: StagePlay = play, plan: Plan = plan, trace: Trace = trace) -> bool:
+            with Runtime(play, ahead_share=1e9) as runtime:
+                return (await runtime.map_async(plan, [(13, 260)], trace=trace))[0].error is None
+
+        values += loop.run(run())
+        ends.update((e.op.split()[0], e.kind) for e in trace.events)
+    assert values > 40
+    for op in ("ahead.generate", "ahead.search"):
+        assert ends[op, "finished"] > 5, op
+        assert ends[op, "cancelled"] > 5, op
+    for op in ("ivf.scan", "ivf.partial", "llm.each", "llm.prefill", "llm.extend", "kv.hint", "cluster.prefetch"):
+        assert ends[op, "finished"] > 5, op
 
 
 # -- text in pieces
