@@ -200,7 +200,10 @@ class Driver:
         return program
 
     def cancel(self, program: Program, error: BaseException) -> None:
-        """Ends a program now: everything open is cancelled and its value is of no interest any more."""
+        """Ends a program now: everything open is cancelled and its value is of no interest any more.
+
+        A coroutine that is cancelled runs its own `finally` blocks; those of the workflow are not begun.
+        """
         if program.is_done:
             return
         if program.root is not None:

@@ -48,7 +48,11 @@ def find_backend(resources: Resources, lane: str, name: str) -> Any:
 
 
 def interpret(graph: Graph, args: Sequence[Any], resources: Resources) -> Any:
-    """The value that the workflow returns, computed naively: sequential, one call at a time, each awaited in place."""
+    """The value that the workflow returns, computed naively: sequential, one call at a time, each awaited in place.
+
+    What the stage level only hurries does nothing here: advice, work begun ahead, prefixes. Tools of one gather group
+    that wait for each other never end: nothing here runs beside anything else.
+    """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
