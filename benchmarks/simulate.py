@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from flowc import LLM, Index, workflow
-from flowc.backends.simulated.llm import Work
+from flowc.backends.simulated.llm import Work, work_of
 from flowc.backends.simulated.profiles import LLMProfile, Machine, load_machine
 from flowc.runtime.plan import Plan
 from flowc.runtime.protocols import GenerateRequest
@@ -207,13 +207,12 @@ def scale(args: argparse.Namespace) -> list[dict[str, Any]]:
     programs = Programs("sharegpt", args.seed)
     rows = []
     for name, job, rate, of in (
-        ("rag", lambda n: Job(rag_plan, (f"What of number {n}?",)), 0.5, None),
-        ("sharegpt", programs.job, 0.05, work),
+        ("rag", lambda n: Job(rag_plan, (f"What of number {n}?",)), 0.5, work_of),
+        ("sharegpt", programs.job, 0.04, work),
     ):
         start = time.process_time(), time.perf_counter()
-        options = {"work": of} if of is not None else {}
         report = simulate(
-            job, programs=args.programs, arrivals=Arrivals(rate=rate), machine=machine, policy="atlas", **options
+            job, programs=args.programs, arrivals=Arrivals(rate=rate), machine=machine, policy="atlas", work=of
         )
         row = {
             "what": name,

@@ -81,8 +81,9 @@ def agent(q: str) -> str:
 @workflow
 async def gathering(q: str) -> str:
     parts = await asyncio.gather(fetch(q), fetch(q + "a"), fetch(q + "b"))
-    notes = [await docs.search(p, k=1) for p in parts]
-    return await llm.generate(f"{notes} {q}", max_tokens=4)
+    notes = [await docs.search(p, k=1) for p in parts]  # type: ignore[misc]
+    answer: str = await llm.generate(f"{notes} {q}", max_tokens=4)  # type: ignore[misc]
+    return answer
 
 
 class Index_:
@@ -145,7 +146,7 @@ def open_files() -> int:
 async def storm(runtime: Runtime, programs: int, seed: int) -> Counter[str]:
     """Runs them 40 at a time; a fifth is cancelled somewhere, a tenth has a deadline. What each ended as."""
     random_ = random.Random(seed)
-    plans = [w.compile(opt=2).plan for w in (agent, gathering)]  # type: ignore[attr-defined]
+    plans = [w.compile(opt=2).plan for w in (agent, gathering)]
     room = asyncio.Semaphore(40)
     ends: Counter[str] = Counter()
 
@@ -204,9 +205,10 @@ def test_nothing_is_left_over(tmp_path: Path) -> None:
             assert runtime.table is None or (len(runtime.table) == 0 and not runtime.table._live)
             assert not any(lane._queue for lane in runtime._lanes.values())
             assert not runtime._drivers
-        engine = backend.engine
-        assert eventually(lambda e=engine: not e.running and not e.waiting), "the engine works for nobody"
-        engine.check()
+        assert eventually(lambda: not backend.engine.running and not backend.engine.waiting), (
+            "the engine works for nobody"
+        )
+        backend.engine.check()
         assert eventually(lambda: threading.active_count() <= threads), threading.enumerate()
         assert open_files() <= files, "files are left"
     gc.collect()
