@@ -289,7 +289,7 @@ class Maker:
         slots = [self.some(TEXT), docs, self.some(INT)]
         rng.shuffle(slots)
         forms = ("", "", ":>3") if rng.random() < 0.1 else ("", "", "")
-        raises = {"raises": True} if any(forms) else {}
+        raises: dict[str, Any] = {"raises": True} if any(forms) else {}
         prompt = b.template(head + "{}\n{}\n{}", *slots, formats=forms, **raises)
         sampled: dict[str, Any] = {"temperature": 0.5} if rng.random() < 0.1 else {}
         self.keep(b.generate("llm", prompt, max_tokens=rng.choice([1, 8]), **sampled))
