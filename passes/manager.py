@@ -333,7 +333,7 @@ def _explain(c: Compilation, gains: Mapping[str, Gain]) -> Iterator[str]:
         for op in walk(graph.body):  # the one thing that may change an answer, and only ever in the user's own words
             if op.name in ("search", "ivf.begin") and ("stop" in op.attrs or "stop" in keyword_operands(op)):
                 where = f"  at {op.loc}" if op.loc is not None else ""
-                yield f"  approximate    {op.name} @{op.attr('resource')} may stop early, asked for by name (A){where}"
+                yield f"  approximate    search @{op.attr('resource')} may stop early, asked for by name (A){where}"
     if not c.stages:
         yield "  no passes: runs as written"
     for name, remarks in _grouped(c.remarks, lambda r: r.pass_name):

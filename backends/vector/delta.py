@@ -238,24 +238,24 @@ class VectorUpdates(Updates[Epoch]):
             segments = (*segments[:-2], segments[-2].with_next(segments[-1]))
         return segments
 
-    def _written(self, epoch: Epoch) -> Manifest:
+    def _written(self, snapshot: Epoch) -> Manifest:
         with IndexWriter(self.path, self._lock) as writer:
             writer.keep(self.path, self.manifest)
-            if epoch.added:
-                writer.rows("added.jsonl", epoch.store.added[: epoch.added])
-                writer.array("added.codes.npy", np.concatenate([s.codes for s in epoch.segments]))
-                clusters = np.concatenate([s.clusters for s in epoch.segments])
+            if snapshot.added:
+                writer.rows("added.jsonl", snapshot.store.added[: snapshot.added])
+                writer.array("added.codes.npy", np.concatenate([s.codes for s in snapshot.segments]))
+                clusters = np.concatenate([s.clusters for s in snapshot.segments])
                 writer.array("added.clusters.npy", clusters.astype(np.int32))
-            if epoch.deleted:
-                present = epoch.present()
-                writer.array("deleted.npy", present[~epoch.mask[present]])
+            if snapshot.deleted:
+                present = snapshot.present()
+                writer.array("deleted.npy", present[~snapshot.mask[present]])
             return writer.commit(
                 dataclasses.replace(
                     self.manifest,
-                    count=epoch.count,
-                    added=epoch.added,
-                    deleted=epoch.deleted,
-                    next_id=len(epoch.mask),
+                    count=snapshot.count,
+                    added=snapshot.added,
+                    deleted=snapshot.deleted,
+                    next_id=len(snapshot.mask),
                     calibration={},
                 )
             )
