@@ -310,6 +310,8 @@ class Engine:
         self.stats.steps += 1
         decoding: list[tuple[Sequence, torch.Tensor]] = []
         for (s, count), table in zip(batch, logits, strict=True):
+            if s.ticket is not None:
+                s.ticket.charge(seconds)
             self.stats.recomputed_tokens += max(0, min(s.reached, s.computed + count) - s.computed)
             if s.computed >= s.prompt_tokens:
                 self.stats.decode_tokens += count
