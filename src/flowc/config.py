@@ -413,7 +413,7 @@ def _build(entries: Iterable[_Entry], path: Path | None) -> Config:
             named[where[0]][where[1]] = _checked(kind, table, declared[where])
         else:
             single[where[0]] = kind(**table)
-    read_only = {section: MappingProxyType(dict(sorted(tables.items()))) for section, tables in named.items()}
+    read_only: dict[str, Any] = {name: MappingProxyType(dict(sorted(tables.items()))) for name, tables in named.items()}
     return Config(**read_only, **single, path=path, origins=MappingProxyType(origins))
 
 
