@@ -128,7 +128,7 @@ def timed(call: Call, calls: int, device: torch.device, repeat: int = 9) -> tupl
 
 # ------------------------------------------------------------------------------------------------ tests
 def run_tests(report: Report) -> None:
-    """The tests of tests/backends/kernels with compiled kernels; hypothesis draws shapes, and each is compiled."""
+    """The tests of the kernels, compiled, and of the engine; hypothesis draws shapes, and each is compiled."""
     missing = [name for name in ("pytest", "hypothesis", "pytest_timeout") if importlib.util.find_spec(name) is None]
     if missing:
         report.tests = {"ran": False, "reason": f"not installed: {', '.join(missing)}"}
@@ -146,7 +146,7 @@ def run_tests(report: Report) -> None:
             "-m",
             "not slow",
         ]
-        command += ["-W", "default", "tests/backends/kernels"]
+        command += ["-W", "default", "tests/backends/kernels", "tests/backends/llm/paged/test_cuda.py"]
         began = time.monotonic()
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
