@@ -10,6 +10,8 @@ Part 1, hit rates: which of the lists that a search probes, and of its ten resul
 names. Everything is computed, nothing simulated. "HyDE" would have a model write a hypothetical answer; here the first
 40 words of the right passage stand in for it, which is kinder to the search than a model's text would be.
 
+Also: after which share of its lists a search has its result, in two orders.
+
 Part 2, time under a bound: programs that ask, write 40 words and search run in virtual time over a *simulated* device.
 The cache, the lookahead, the scans and their results are the real ones, and each result is compared with the CPU's,
 bit for bit; times come from the model below, in which each byte of the index stands for as many as make it 64 GB. The
@@ -41,6 +43,7 @@ import numpy.typing as npt
 
 from flowc.backends.embed import open_embedder
 from flowc.backends.vector.bundle import find_bundle, read_bundle
+from flowc.backends.vector.confidence import put_first
 from flowc.backends.vector.device.cache import ListCache
 from flowc.backends.vector.device.hybrid import HostLists, HybridScanner
 from flowc.backends.vector.device.lookahead import AHEAD, WORDS, Lookahead
@@ -263,6 +266,27 @@ def measured_chances(corpus: Corpus, texts: Texts) -> list[list[float]]:
     return out
 
 
+def settled(corpus: Corpus, texts: Texts) -> list[dict[str, Any]]:
+    """After which share of its lists a search has its result, with the nearest lists first, and with those first that
+    held the ten hits of the question's own search."""
+    out = []
+    for order in ("nearest first", "earlier hits first"):
+        after = []
+        for q in corpus.questions[:100]:
+            search = corpus.lists.begin(texts.vectors[q.after(ANSWER_WORDS)], K, corpus.nprobe)
+            if order == "earlier hits first":
+                _, ids = corpus.lists.search(texts.vectors[q.text][None], [K], [corpus.nprobe])[0]
+                put_first(search, ids.tolist())
+            tops = []
+            for rank in range(search.units):
+                corpus.lists.run([(search, [rank])])
+                tops.append(corpus.lists.best(search)[1].tolist())
+            after.append((tops.index(tops[-1]) + 1) / search.units)
+        shares = {f"by {part:.0%}": float(np.mean([a <= part for a in after])) for part in (0.1, 0.2, 0.3, 0.5)}
+        out.append({"order": order, "mean": float(np.mean(after)), **shares})
+    return out
+
+
 # ------------------------------------------------------------------------------------------------ part 2
 def simulate(
     corpus: Corpus,
@@ -412,7 +436,7 @@ def main() -> None:
     caps, programs = ((0.1,), (1,)) if options.quick else ((0.05, 0.1, 0.2), (1, 4))
     makers: list[Callable[[], Corpus]] = [lambda: pydocs(count)]
     if not options.quick:
-        makers.append(lambda: large(options.corpus, 2 * count, options.passages))
+        makers.append(lambda: large(options.corpus, count, options.passages))
     report: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "faiss": load_faiss().__version__,
@@ -435,6 +459,8 @@ def main() -> None:
         print(f"{corpus.name}: {size:,} passages, {corpus.nlist} lists, {corpus.nprobe} probed ({corpus.about})\n")
         rates = hit_rates(corpus, texts)
         show(rates, ("search", "words", "budget", "lists", "results", "all results"))
+        orders = settled(corpus, texts)
+        show(orders, tuple(orders[0]))
         chances = measured_chances(corpus, texts)
         print(f"  probability by rank: {[[round(c, 2) for c in row] for row in chances]}\n")
         rows = curves(corpus, texts, caps, programs)
@@ -442,7 +468,7 @@ def main() -> None:
         show(rows, columns)
         about = {"name": corpus.name, "about": corpus.about, "passages": size, "questions": len(corpus.questions)}
         about |= {"nlist": corpus.nlist, "nprobe": corpus.nprobe}
-        report["corpora"].append(about | {"hit_rates": rates, "chances": chances, "simulated": rows})
+        report["corpora"].append(about | {"hit_rates": rates, "settled": orders, "chances": chances, "simulated": rows})
         print(
             f"  {time.perf_counter() - began:.0f} s so far, {time.process_time():.0f} of the processor\n",
             file=sys.stderr,
