@@ -54,7 +54,7 @@ Form: TypeAlias = Literal["query", "list", "products"]
 # lists are read from memory once in any form and the rows only cost. Above, the forms are tried and the cheapest kept:
 # an index that fits in the processor's cache gains nothing from reading a list once (16,425 x 384 in fp16).
 SHARED_ENOUGH = 1.3
-PRODUCTS_FROM = 4.0
+PRODUCTS_FROM = 12.0  # a list is decoded at the price of scanning it for ten
 _SPARE = 2  # results kept beyond k, so that a tie at the end is seen; more would make every heap slower
 _SPARE_LISTS = 8  # candidates beyond those wanted, for another order of summation
 _GROUP_CODES = 16_384  # vectors a search scans before others and cancellation get their turn; about 0.4 ms
@@ -63,6 +63,7 @@ _ROW_PLACES = 16  # of a row in such a call; a row that fills them is scanned ag
 _ROW_BYTES = 4 << 20  # of queries and heaps that the rows of one call may take
 _TOGETHER = 4  # queries from which on centroids are scored by matrix products
 _BLOCK = 32  # queries of one such product
+_FEW = 8  # queries up to which `search` does without
 # Multiplications of one matrix product. OpenBLAS, which numpy brings, starts its threads above this, and they spin
 # beside the other workers: 32 queries against 2,048 centroids cost 11 ms of processor time in one product on two busy
 # cores, and 0.3 ms in tiles. Tiles are also what its kernels for small matrices take: 5.5 ns for a product of 256
@@ -279,28 +280,28 @@ class ListSearch:
         return float(np.partition(scores, len(scores) - self.k)[len(scores) - self.k])
 
 
-class _Coarse(threading.local):
-    """A thread's own room for the nearest lists of one query, with the addresses that FAISS wants, by nprobe."""
+class _Room:
+    """Room for the nearest lists of a few queries, with the addresses that FAISS wants."""
+
+    __slots__ = ("lists", "lists_at", "near", "near_at")
+
+    def __init__(self, count: int, width: int) -> None:
+        ptr = load_faiss().swig_ptr
+        self.near, self.lists = np.empty((count, width), dtype=np.float32), np.empty((count, width), dtype=np.int64)
+        self.near_at, self.lists_at = ptr(self.near), ptr(self.lists)
+
+
+class _Rooms(threading.local):
+    """A thread's own, for one query, by width."""
 
     def __init__(self) -> None:
         self._made: dict[int, _Room] = {}
 
-    def get(self, nprobe: int) -> _Room:
-        room = self._made.get(nprobe)
+    def get(self, width: int) -> _Room:
+        room = self._made.get(width)
         if room is None:
-            room = self._made[nprobe] = _Room(nprobe)
+            room = self._made[width] = _Room(1, width)
         return room
-
-
-class _Room:
-    __slots__ = ("count", "lists", "lists_at", "near", "near_at", "params")
-
-    def __init__(self, nprobe: int) -> None:
-        faiss = load_faiss()
-        self.count = nprobe + nprobe // 32 + 1  # some to spare, for another order of summation
-        self.near, self.lists = np.empty((1, self.count), np.float32), np.empty((1, self.count), np.int64)
-        self.near_at, self.lists_at = faiss.swig_ptr(self.near), faiss.swig_ptr(self.lists)
-        self.params = faiss.SearchParametersIVF(nprobe=nprobe)
 
 
 def _of(values: I64, ranks: Ranks) -> I64:
@@ -420,7 +421,7 @@ class Lists:
         self._norms = np.full(len(sizes), -1, dtype=np.float32)
         self._sorting = self._like(index.invlists)  # begins with empty heaps, and leaves them in order
         self._sorting.parallel_mode = 0
-        self._coarse = _Coarse()
+        self._rooms = _Rooms()
         self._views: dict[int, tuple[npt.NDArray[np.uint8], I64]] = {}
         self._is_plain = self.parts == 1 and alive is None and not self.is_l2
         self._flat: Any
@@ -655,10 +656,10 @@ class Lists:
         What `begin_many`, `scan` and `finish` give, without what it takes to stop in between.
         """
         queries = np.ascontiguousarray(queries)
-        if len(k) == 1 and self._is_plain and not self.base.accelerator and (only is None or only[0] is None):
-            found = self._search_one(queries, k[0], nprobe[0])
+        if self._are_few(k, nprobe, only):
+            found = self._search_few(queries, k[0], nprobe[0])
             if found is not None:
-                return [found]
+                return found
         if self.base.accelerator is not None:
             searches = self.begin_many(queries, k, nprobe, only=only)
             self.scan(searches)
@@ -676,34 +677,48 @@ class Lists:
             out.update(zip(alike, self._best_of_batch(batch), strict=True))
         return [out[n] for n in range(len(k))]
 
-    def _search_one(self, query: F32, k: int, nprobe: int) -> tuple[F32, I64] | None:
-        """The result of one search (`query` of shape (1, dim)) in two FAISS calls and little else; None if unproven.
+    def _are_few(self, k: Sequence[int], nprobe: Sequence[int], only: Sequence[Selection | None] | None) -> bool:
+        count = len(k)
+        if not 0 < count <= _FEW or not self._is_plain or self.base.accelerator is not None:
+            return False
+        if count * nprobe[0] >= self.nlist or (only is not None and any(only)):  # beyond, lists are shared
+            return False
+        return k.count(k[0]) == nprobe.count(nprobe[0]) == count
+
+    def _search_few(self, queries: F32, k: int, nprobe: int) -> list[tuple[F32, I64]] | None:
+        """The results of a few searches in two FAISS calls and little else; None if the lists are unproven.
 
         Needs the set of the nearest lists and not their order: no products of one pair where the last list's score is
         clear of the next one's. A scan leaves so little of the interpreter in the processor's caches that a function
-        of numpy's costs 30 us at first, so that what can be a list is one.
+        of numpy's costs 30 us at first: what products of matrices save is less, up to about 8 queries.
         """
-        if nprobe + nprobe // 32 + 1 >= self.nlist or self._least[nprobe] < k + _SPARE:
+        count, width, keep = len(queries), nprobe + nprobe // 32 + 1, k + _SPARE
+        if width >= self.nlist or self._least[nprobe] < keep:
             return None
-        coarse = self._coarse.get(nprobe)
-        faiss, ptr, keep = self._faiss, self._ptr, k + _SPARE
-        address, reach = ptr(query), self._reach * math.sqrt(faiss.fvec_norm_L2sqr(ptr(query), self.dim))
+        faiss, ptr = self._faiss, self._ptr
+        room = self._rooms.get(width) if count == 1 else _Room(count, width)
+        address, near, lists = ptr(queries), room.near, room.lists
         faiss.omp_set_num_threads(1)
-        self._flat.search_c(1, address, coarse.count, coarse.near_at, coarse.lists_at, None)
-        near, lists = coarse.near, coarse.lists
-        last = near.item(nprobe - 1)
-        if not last - near.item(nprobe) > reach:
-            if not last - near.item(-1) > reach:
-                return None
-            lists[0] = lists[0, np.lexsort((lists[0], -self._canonical(query, lists)[0]))]
-        scores, ids = np.empty(keep, dtype=np.float32), np.empty(keep, dtype=np.int64)
+        self._flat.search_c(count, address, width, room.near_at, room.lists_at, None)
+        norms = np.empty(count, dtype=np.float32)
+        faiss.fvec_norms_L2(ptr(norms), address, self.dim, count)
+        edges = near[:, nprobe - 1 : nprobe + 1].tolist()
+        for row, (norm, (last, beyond)) in enumerate(zip(norms.tolist(), edges, strict=True)):
+            if not last - beyond > self._reach * norm:
+                if not last - near.item(row, width - 1) > self._reach * norm:
+                    return None
+                scores = self._canonical(queries[row : row + 1], lists[row : row + 1])[0]
+                lists[row] = lists[row, np.lexsort((lists[row], -scores))]
+        lists, lists_at = (lists, room.lists_at) if count == 1 else (kept := lists[:, :nprobe].copy(), ptr(kept))
+        scores, ids = np.empty((count, keep), dtype=np.float32), np.empty((count, keep), dtype=np.int64)
         self._sorting.search_preassigned_c(
-            1, address, keep, coarse.lists_at, coarse.near_at, ptr(scores), ptr(ids), False, coarse.params
+            count, address, keep, lists_at, room.near_at, ptr(scores), ptr(ids), False, self._params_of(nprobe)
         )
-        if not np.count_nonzero(scores[1:] == scores[:-1]):
-            return scores[:k], ids[:k]
-        batch = _Batch(query, k, None, lists[:, :nprobe], near[:, :nprobe], [nprobe], scores[None], ids[None])
-        return self._best(batch, 0)
+        out = [(scores[row, :k], ids[row, :k]) for row in range(count)]
+        if np.count_nonzero(scores[:, 1:] == scores[:, :-1]):
+            batch = _Batch(queries, k, None, lists[:, :nprobe], near, [nprobe] * count, scores, ids)
+            return self._best_of_batch(batch)
+        return out
 
     def scan(self, searches: Sequence[ListSearch], budget: ScanBudget | None = None) -> None:
         """Scans on until every search is done or the budget is spent, everyone's nearest lists first.

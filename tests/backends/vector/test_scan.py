@@ -471,9 +471,9 @@ def test_the_cheapest_form_is_learnt_and_the_others_tried_now_and_then() -> None
 
     def go(waves: int, products: bool = True) -> None:
         for _ in range(waves):
-            form = forms.choose(6.0, 16, 100_000, products)
+            form = forms.choose(24.0, 16, 100_000, products)
             taken.append(form)
-            forms.learn(6.0, 16, 100_000, form, cost[form])
+            forms.learn(24.0, 16, 100_000, form, cost[form])
 
     go(100)
     assert taken[:9] == ["products", "list", "query"] * 3
@@ -482,8 +482,8 @@ def test_the_cheapest_form_is_learnt_and_the_others_tried_now_and_then() -> None
     go(600)
     assert taken[-64:].count("list") >= 60
     assert set(taken[100:]) == set(FORMS)
-    assert forms.choose(16.0, 16, 100_000, True) == "products"  # sharing of another order is learnt apart
-    assert {forms.choose(6.0, 16, 100, True) for _ in range(40)} == {"list"}  # nothing is tried on small waves
+    assert forms.choose(96.0, 16, 100_000, True) == "products"  # sharing of another order is learnt apart
+    assert {forms.choose(24.0, 16, 100, True) for _ in range(40)} == {"list"}  # nothing is tried on small waves
     cost = {"list": 3.0, "query": 2.0, "products": 1.0}
     del taken[:]
     go(600, products=False)  # an index that has none
