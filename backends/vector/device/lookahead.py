@@ -10,8 +10,8 @@ Each list gets a probability from its rank among the nearest, by how much of the
 (docs/lookahead.md); the cache weighs them against demand, bytes and the time that is left.
 
 Source: Lin et al., "TeleRAG", 2025, section 3, which predicts once. Predicting again while the text is written is ours:
-on real text it takes what a prediction covers of the probed lists from 69 or 82 of 100 to 94 or 96. The mixture: Rocchio,
-"Relevance Feedback in Information Retrieval", 1971.
+on real text it takes what a prediction covers of the probed lists from 69 or 82 of 100 to 94 or 96. The mixture:
+Rocchio, "Relevance Feedback in Information Retrieval", 1971.
 """
 
 from __future__ import annotations
