@@ -1,7 +1,7 @@
 """The engine beside transformers and llama.cpp on one machine: same weights, same requests, greedy, float32.
 
     python benchmarks/engine_speed.py [--json FILE] [--minutes 6] [--threads 1 2] [--works single decode shared]
-                                      [--serve PYTHON] [--llama PYTHON]
+                                      [--variants NAME ...]                                      [--serve PYTHON] [--llama PYTHON]
 
 A Qwen3 shape of 113 million random weights. "single": one request. "decode": 16 requests at once, prompts of 30 to 90
 tokens. "shared": 16 at once, half of them begin with the same 512 tokens, as prompts of one RAG program do, the others
@@ -100,8 +100,9 @@ class Words:
     def __init__(self, folder: Path) -> None:
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
         vocabulary = sorted(self.tokenizer.get_vocab())
-        self.words = [w.replace("Ġ", " ") for w in vocabulary if w.startswith("Ġ") and w[1:].isalpha() and w.isascii()]
-        self.words = self.words or [" word"]
+        letters = [w[1:] for w in vocabulary if w.startswith("Ġ")]  # of tokens that begin a word
+        self.words = [f" {w}" for w in letters if w.isalpha() and w.isascii()]
+        assert len(self.words) > 1000, "prompts of few words would share prefixes"
 
     def text(self, rng: random.Random, tokens: int) -> str:
         text = ""
@@ -497,6 +498,8 @@ def compare(options: argparse.Namespace, folder: Path, threads: int, seconds: fl
             variants["llama.cpp"] = llama(stack, options.llama, folder, threads)
         variants["engine"] = Variant(ours(read_model(folder)))
         variants["engine, bfloat16"] = Variant(ours(read_model(folder, torch.bfloat16)))
+        if options.variants:
+            variants = {n: v for n, v in variants.items() if n in options.variants or n == "engine"}
         found = measure(variants, options.works, words, seconds)
     rows: list[dict[str, Any]] = []
     for name in options.works:
@@ -518,6 +521,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--works", nargs="+", default=["single", "decode", "shared"])
+    parser.add_argument("--variants", nargs="+", help="only these, besides the engine")
     parser.add_argument("--serve", help="Python with transformers[serving]")
     parser.add_argument("--llama", help="Python with llama-cpp-python, gguf and safetensors")
     options = parser.parse_args()
