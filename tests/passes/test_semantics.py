@@ -73,7 +73,7 @@ def test_every_pass_finds_something_to_do() -> None:
 
 @pytest.mark.parametrize("name", PASSES)
 @given(seed=seeds)
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_each_pass(name: str, seed: int) -> None:
     check(make(random.Random(seed)), name, seed)
 
