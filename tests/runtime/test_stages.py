@@ -20,7 +20,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flowc.ir.errors import RunError
+from flowc.ir.errors import ResourceError, RunError
 from flowc.ir.parser import parse_graph
 from flowc.ir.values import Doc, Docs
 from flowc.ir.verifier import verify
@@ -473,12 +473,29 @@ def test_a_query_of_the_wrong_type_is_told_where_it_is_needed() -> None:
 
 
 def test_a_timeout_counts_from_where_the_answer_is_needed() -> None:
-    text = AHEAD.replace("GUESS", "X Y Z").replace(
-        "ahead=%h) {max_tokens = 8}", "ahead=%h) {max_tokens = 8, timeout = 2}"
-    )
+    text = AHEAD.replace("GUESS", "X Y Z").replace("max_tokens = 8", "max_tokens = 8, timeout = 2")
     assert timed(text, "x y z")[:2] == ("so X Y Z", 5.0)
     value, took, _ = timed(text.replace("X Y Z", "X Y Z A B"), "x y z a b")
     assert (value[0], took) == ("NodeTimeoutError", 6.0)
+
+
+def test_a_search_in_pieces_fails_where_it_finishes() -> None:
+    text = """
+    workflow @w(%q: text) -> docs {
+      %s = ivf.begin @missing (%q) : scan
+      %s2 = ivf.scan @missing (%s) : scan
+      %n = py "int(q)" (%q) {raises = true} : int
+      %d = ivf.finish @missing (%s2) : docs
+      return %d
+    }
+    """
+    for resource, last in (("missing", ResourceError), ("docs", ValueError)):
+        with Runtime(World()) as runtime:
+            plan = plan_of(text.replace("@missing", f"@{resource}"))
+            with pytest.raises(ValueError, match="invalid literal"):
+                runtime.run(plan, ("bad",))
+            with pytest.raises(last):
+                runtime.run(plan_of(text.replace("@missing", f"@{resource}").replace("int(q)", "len(q)")), ("bad",))
 
 
 @pytest.mark.parametrize("how", ["timeout", "error", "handled"])

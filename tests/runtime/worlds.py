@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
+from zlib import crc32
 
 from flowc.ir.builder import Builder
 from flowc.ir.core import Attr, Graph, Region, Scope, Value
@@ -276,13 +277,13 @@ class StagePlay(Play):
     async def generate(
         self, requests: Sequence[GenerateRequest], on_text: Any = None, is_cancelled: Any = None
     ) -> list[Any]:
-        """A prompt `lines N` is answered with as many lines as N has digits; "77" in a prompt fails half-way."""
+        """A prompt has an answer of its own, `lines N` as many lines as N has digits; one with "77" fails half-way."""
         self.asked += requests
         self.running += len(requests)
         answers: list[Any] = []
         try:
             for i, request in enumerate(requests):
-                text = f"{len(request.prompt)}"
+                text = f"{crc32(request.prompt.encode()) % 1000}"
                 if request.prompt.startswith("lines"):
                     number = int(request.prompt.split()[1])
                     text = "\r\n".join(str(number + n) for n in range(len(str(number))))
