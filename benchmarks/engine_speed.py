@@ -1,7 +1,7 @@
 """The engine beside transformers and llama.cpp on one machine: same weights, same requests, greedy, float32.
 
     python benchmarks/engine_speed.py [--json FILE] [--minutes 6] [--threads 1 2] [--works single decode shared]
-                                      [--variants NAME ...]                                      [--serve PYTHON] [--llama PYTHON]
+                                      [--variants NAME ...] [--serve PYTHON] [--llama PYTHON]
 
 A Qwen3 shape of 113 million random weights. "single": one request. "decode": 16 requests at once, prompts of 30 to 90
 tokens. "shared": 16 at once, half of them begin with the same 512 tokens, as prompts of one RAG program do, the others
