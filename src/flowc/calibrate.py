@@ -33,7 +33,10 @@ _WORDS = (__doc__ or "").split()
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One rate: of what, which, in seconds; `spread` is the distance between the quartiles over the median."""
+    """One rate: of what, which, in seconds, or bytes where its name says so.
+
+    `spread` is the distance between the quartiles over the median.
+    """
 
     of: str
     rate: str
@@ -161,3 +164,6 @@ def _index(engine: Engine, name: str) -> Iterator[Measured]:
 
     seconds, spread, _ = _timed(call)
     yield Measured(f"search.{name}", "search_s", seconds, spread)
+    rates = getattr(backend, "rates", None)  # of an index with a device
+    for rate, value in ({} if rates is None else rates()).items():
+        yield Measured(f"search.{name}", rate, value, 0.0)

@@ -95,6 +95,31 @@ class DeviceRetriever(IVFRetriever):
         """Milliseconds that the least valuable byte on the device is expected to save in the next search."""
         return self.cache.value_per_byte()
 
+    def rates(self) -> dict[str, float]:
+        """What the cost model asks of an index with a device, in bytes and bytes a second, as measured by now.
+
+        The scan is timed on what lies on the device; without anything there, its rate is left out.
+        """
+        source, layout = self.scanner.source, self.cache.layout
+        size = layout.dim * layout.dtype.itemsize
+        whole = float(source.sizes.sum() * size)
+        out = {
+            "h2d_bytes_per_s": self.device.bandwidth(),
+            "device_bytes": float(self.cache.bound_bytes),
+            "index_bytes": whole,
+            "probe_bytes": whole * min(self.nprobe, len(source.sizes)) / len(source.sizes),
+            "scan_bytes_per_s": size / self.cache.code_s,
+        }
+        with self.cache.pinned([np.flatnonzero(source.sizes)]) as pages:
+            if pages:
+                every = np.concatenate(list(pages.values()))
+                query = np.zeros((1, layout.dim), dtype=np.float32)
+                began = self.device.now()
+                self.device.scan(query, [every], 16).result()
+                seconds = max(1e-9, self.device.now() - began)
+                out["device_scan_bytes_per_s"] = float(source.sizes[list(pages)].sum() * size) / seconds
+        return out
+
     def _plan(self, texts: Sequence[str]) -> list[tuple[I64, int] | None]:
         out: list[tuple[I64, int] | None] = []
         vectors = np.asarray(self.embedder.embed(texts), dtype=np.float32)

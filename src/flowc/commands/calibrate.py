@@ -51,7 +51,8 @@ def calibrate(
         else:
             found.append(one)
             if not as_json:
-                note(f"{one.of}: {one.rate} {show_s(one.seconds)}, spread {one.spread:.0%}")
+                shown = f"{one.seconds:,.0f}" if "bytes" in one.rate else show_s(one.seconds)
+                note(f"{one.of}: {one.rate} {shown}, spread {one.spread:.0%}")
     if found:
         save(path, found)
     if as_json:

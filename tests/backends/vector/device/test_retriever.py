@@ -18,6 +18,7 @@ from flowc.config import load_config
 from flowc.engine import BoundResources
 from flowc.ir.errors import ResourceError
 from flowc.ir.values import Docs
+from flowc.passes.cost import PASS_RATES
 from flowc.runtime.protocols import ClusterCache, ElasticRetriever, SearchRequest
 
 Opened = Callable[[], DeviceRetriever]
@@ -51,6 +52,11 @@ def until(what: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
+def is_idle(cached: DeviceRetriever) -> bool:
+    with cached.cache._lock:
+        return not (cached.cache._changed or cached.cache._queue or cached.cache._flying)
+
+
 def docs(retriever: ElasticRetriever, texts: list[str]) -> list[list[tuple[int, float]]]:  # type: ignore[type-arg]
     out = []
     for found in retriever.search([SearchRequest(text, 5) for text in texts]):
@@ -70,7 +76,7 @@ def test_searches_give_what_they_give_without_a_device(
     texts = [p.text[:60] for p in passages[:40]]
     for _ in range(3):
         assert docs(cached, texts) == docs(plain, texts)
-        until(lambda: not cached.cache._queue and not cached.cache._flying)
+        until(lambda: is_idle(cached))
     assert cached.cache.stats().hits > 0
     plain.close()
 
@@ -80,7 +86,7 @@ def test_advice_brings_lists_and_release_lets_them_go(opened: Opened, passages: 
     text = passages[3].text[:80]
     cached.predict("a", text, 1.0)
     until(lambda: len(cached.cache.resident()) > 0)
-    until(lambda: not cached.cache._queue and not cached.cache._flying)
+    until(lambda: is_idle(cached))
     docs(cached, [text])
     stats = cached.cache.stats()
     assert (stats.hits, stats.misses) == (3, 0)
@@ -89,6 +95,18 @@ def test_advice_brings_lists_and_release_lets_them_go(opened: Opened, passages: 
     assert not cached.cache._predictions
     assert cached.set_bound(0) == 0
     assert len(cached.cache.resident()) == 0
+
+
+def test_its_rates_are_what_the_cost_model_asks_for(opened: Opened, passages: list[Passage]) -> None:
+    cached = opened()
+    assert "device_scan_bytes_per_s" not in cached.rates()
+    docs(cached, [p.text[:60] for p in passages[:20]])
+    until(lambda: len(cached.cache.resident()) > 0)
+    rates = cached.rates()
+    assert set(rates) <= set(PASS_RATES)
+    assert min(rates.values()) > 0
+    assert rates["probe_bytes"] == pytest.approx(rates["index_bytes"] * 3 / 16)
+    assert rates["index_bytes"] == len(passages) * 64 * 2
 
 
 def test_a_search_before_is_mixed_into_the_prediction(
@@ -112,7 +130,7 @@ def test_updates_and_compaction_go_on_beside_the_device(
     cached = opened()
     texts = [p.text[:60] for p in passages[:10]]
     docs(cached, texts)
-    until(lambda: not cached.cache._queue and not cached.cache._flying)
+    until(lambda: is_idle(cached))
     cached.add([Passage(p.text + " once more") for p in passages[:10]])
     cached.delete([0, 3])
     hits = cached.cache.stats().hits
@@ -126,7 +144,7 @@ def test_updates_and_compaction_go_on_beside_the_device(
     cached.compact().result()
     assert docs(cached, texts) == with_updates
     assert cached.cache is not first
-    until(lambda: not cached.cache._queue and not cached.cache._flying)
+    until(lambda: is_idle(cached))
     assert docs(cached, texts) == with_updates
     assert cached.cache.stats().hits > 0
 
