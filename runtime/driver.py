@@ -86,7 +86,7 @@ from .requests import LANE_OF, make_request, timeout_of, told_of
 from .scheduling import tenant
 from .stages import Announced, Follower, Searching, Splitter, Words, all_of, close_items
 from .trace import Record, Trace, current
-from .tracebacks import blame, chain, clean
+from .tracebacks import blame, chain, clean, locate
 
 if TYPE_CHECKING:
     from .engine import Runtime
@@ -215,6 +215,7 @@ class Driver:
             self.cancel(program, error)
 
     def _finish(self, program: Program, value: Any, error: BaseException | None) -> None:
+        locate(error)
         program.is_done = True
         program.value = value
         program.error = error

@@ -13,7 +13,7 @@ from types import CodeType, TracebackType
 from flowc.ir.errors import FlowcError, Loc
 from flowc.ir.tracebacks import clean, without_own_frames
 
-__all__ = ["blame", "chain", "clean", "with_frame_at", "without_own_frames"]
+__all__ = ["blame", "chain", "clean", "locate", "with_frame_at", "without_own_frames"]
 
 
 class _Here(Exception):
@@ -47,14 +47,22 @@ def with_frame_at(tb: TracebackType | None, loc: Loc | None, function: str) -> T
 def blame(error: BaseException, label: str | None, loc: Loc | None, function: str, workflow: str) -> None:
     """Puts the operation's line on top of the error's traceback, and a note that names it, if it has a label."""
     error.__traceback__ = with_frame_at(without_own_frames(error.__traceback__), loc, function)
-    if isinstance(error, FlowcError) and error.loc is None:
-        error.loc = loc
+    if isinstance(error, FlowcError) and error.raised_at is None:
+        error.raised_at = loc
     if label is None:
         return
     where = f" at {loc.file}:{loc.line}" if loc is not None and loc.line else ""
     note = f"in `{label}`{where}, workflow {workflow}"
     if note not in getattr(error, "__notes__", ()):
         error.add_note(note)
+
+
+def locate(error: BaseException | None) -> None:
+    """Says in the error's text where it was raised. Only for one that leaves its workflow: a handler in the workflow must
+    see the text that plain Python gives it.
+    """
+    if isinstance(error, FlowcError) and error.loc is None:
+        error.loc = error.raised_at
 
 
 def chain(error: BaseException, handled: BaseException) -> None:

@@ -10,7 +10,21 @@ import ast
 from collections.abc import Sequence
 
 from flowc.ir.core import Value
-from flowc.ir.types import ANY, BOOL, NEVER, NONE, is_immutable, item_type, join
+from flowc.ir.types import (
+    ANY,
+    BOOL,
+    BYTES,
+    FLOAT,
+    INT,
+    NEVER,
+    NONE,
+    TEXT,
+    Type,
+    is_immutable,
+    is_scalar,
+    item_type,
+    join,
+)
 
 from .handlers import Handlers, runs_through
 from .liveness import (
@@ -22,7 +36,7 @@ from .liveness import (
     falls_through,
     surely_binds,
 )
-from .purity import WRITES, Info, may_hold_lists
+from .purity import READS, WRITES, Info, may_hold_lists
 from .source import synthetic
 from .state import BREAK, CONTINUE, EXIT, NORMAL, RETURN
 
@@ -314,7 +328,9 @@ class Statements(Handlers):
         probe = synthetic(ast.BinOp(ast.Name(name, ast.Load()), s.op, s.value), s)
         if not self.has_op(s):
             current_info = self._info(name)
-            if current_info is not None and (current_info.type == ANY or not is_immutable(current_info.type)):
+            if current_info is not None and not (
+                is_immutable(current_info.type) and _fails_alike(s.op, current_info.type, self.analyze(s.value).type)
+            ):
                 self.python(s)
                 return
             self.assign(name, self.lower(probe, name))
@@ -322,7 +338,7 @@ class Statements(Handlers):
         current = self.read(name)
         value = self.lower(s.value, "more")
         other = "more" if name != "more" else "more_"
-        if is_immutable(current.type):
+        if is_immutable(current.type) and _fails_alike(s.op, current.type, value.type):
             whole = synthetic(ast.BinOp(ast.Name(name, ast.Load()), s.op, ast.Name(other, ast.Load())), s)
             self.assign(name, self.py_expr(whole, name, {name: current, other: value}))
             return
@@ -331,7 +347,7 @@ class Statements(Handlers):
         (result,) = self.py(
             ast.unparse(ast.fix_missing_locations(aug)),
             [(name, current), (other, value)],
-            Info(ANY, WRITES, True),
+            Info(ANY, READS if is_scalar(current.type) else WRITES, True),
             outs=[(name, ANY)],
         )
         self.assign(name, result)
@@ -386,3 +402,9 @@ def _all_bind(stmts: Sequence[ast.stmt]) -> set[str]:
 
 
 __all__ = ["Statements"]
+
+
+def _fails_alike(op: ast.operator, left: Type, right: Type) -> bool:
+    """Does `left + right`, where it fails, say what `left += right` says?"""
+    numbers = (INT, FLOAT, BOOL)
+    return (left in numbers and right in numbers) or (isinstance(op, ast.Add) and left in (TEXT, BYTES))
