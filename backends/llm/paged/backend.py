@@ -188,7 +188,10 @@ class PagedBackend(LocalBackend):
             if row.is_done:
                 call.one_ended()
             else:
-                sequences.append(TokenSequence(tokens, owner, ticket=row.request.ticket, limit=row.limit))
+                request = row.request
+                sequences.append(
+                    TokenSequence(tokens, owner, ticket=request.ticket, limit=row.limit, drops=int(request.drop))
+                )
         self._run(call, sequences)
 
     def _scores(
@@ -199,8 +202,10 @@ class PagedBackend(LocalBackend):
         scored: dict[int, list[tuple[_Scoring, TokenSequence]]] = {}
         for item, ids, options in asked:
             owners = [_Scoring(option, call) for option in options]
-            ticket = requests[item].ticket
-            scored[item] = [(o, TokenSequence(ids + o.option[:-1], o, ticket=ticket, scored=len(ids))) for o in owners]
+            ticket, drops = requests[item].ticket, len(options) if requests[item].drop else 0
+            scored[item] = [
+                (o, TokenSequence(ids + o.option[:-1], o, ticket=ticket, scored=len(ids), drops=drops)) for o in owners
+            ]
         self._run(call, [sequence for pairs in scored.values() for _, sequence in pairs])
         for item, pairs in scored.items():
             failed = next((owner.error for owner, _ in pairs if owner.error is not None), None)

@@ -709,6 +709,8 @@ class Engine:
         self.idle.append(s)
 
     def _finish(self, s: Sequence, error: Exception | None) -> None:
+        if s.drops:
+            self.tree.drop(s.nodes, s.drops)
         self._free(s)
         self._leave(s)
         s.is_finished = True

@@ -34,6 +34,9 @@ class Policy:
     def evicted(self, node: Node) -> None:
         """The node lost its block."""
 
+    def dropped(self, node: Node) -> None:
+        """Who computed the node says that nobody reads it again, and nobody else has."""
+
     def key(self, node: Node) -> Key:
         raise NotImplementedError
 
@@ -78,6 +81,9 @@ class PGDSF(Policy):
 
     def evicted(self, node: Node) -> None:
         self.clock = max(self.clock, node.score)
+
+    def dropped(self, node: Node) -> None:
+        node.score = 0.0  # before all that may be read again
 
     def key(self, node: Node) -> Key:
         return (node.score, node.last_use)

@@ -188,6 +188,13 @@ class PrefixTree:
             node.last_use = self._uses
         self._release(nodes)
 
+    def drop(self, nodes: Sequence[Node], uses: int) -> None:
+        """A request says that nobody continues it: the nodes that only its `uses` sequences have used go first."""
+        for node in nodes:
+            if node.uses <= uses:
+                self.policy.dropped(node)
+                self._consider(node)
+
     def insert(self, parent: Node | None, tokens: Tokens, block: int) -> Node:
         """The node for a block that was just filled, held by its request.
 

@@ -55,6 +55,7 @@ class Sequence:
     limit: int = 0  # most tokens to decode
     until: int | None = None
     scored: int | None = None
+    drops: int = 0  # nobody continues its request, which has so many sequences: what only they used makes room first
     stays: bool = False  # keeps its blocks when it is done or paused, until they are needed: a session's
     choose: Callable[[torch.Tensor], int] | None = None  # its next token from its logits; None: the engine's `pick`
     computed: int = 0

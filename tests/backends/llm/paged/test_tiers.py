@@ -188,6 +188,19 @@ def test_each_policy_has_its_order(policy: str, expected: list[str]) -> None:
     assert order(stand, ["aa", "bb", "cc", "dd"]) == expected
 
 
+def test_what_is_dropped_goes_first_but_not_what_others_have_used() -> None:
+    stand = Stand()
+    for text in ("aa", "bb", "cc", "bb"):
+        stand.visit(text)
+    for text in ("bb", "cc"):
+        stand.tree.drop(stand.tree.match([ord(c) for c in text], 2), 1)
+    assert order(stand, ["aa", "bb", "cc"]) == ["cc", "aa", "bb"]
+    stand.visit("cc")  # used after all: it counts again
+    stand.visit("dd")
+    stand.tree.drop(stand.tree.match([ord("d")] * 2, 2), 1)
+    assert order(stand, ["cc", "dd"]) == ["dd", "cc"]
+
+
 def test_pgdsf_forgets_old_glory() -> None:
     stand = Stand(blocks=2, policy="pgdsf")
     for text in ["aa"] * 4 + [f"{c}{c}" for c in "bcdefghi"]:
