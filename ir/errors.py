@@ -65,7 +65,7 @@ class FlowcError(Exception):
         self.message = message
         self.code = code or type(self).code
         self.loc = loc
-        self.raised_at: Loc | None = None  # becomes `loc` where the error leaves the workflow: inside, plain Python rules
+        self.raised_at: Loc | None = None  # `loc` once the error leaves its workflow; inside, its text is Python's
         self.hint = hint
         self.source = source  # the line of text the caret stands under, when `loc.file` cannot be read back
 

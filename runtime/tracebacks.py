@@ -58,8 +58,8 @@ def blame(error: BaseException, label: str | None, loc: Loc | None, function: st
 
 
 def locate(error: BaseException | None) -> None:
-    """Says in the error's text where it was raised. Only for one that leaves its workflow: a handler in the workflow must
-    see the text that plain Python gives it.
+    """Says in the error's text where it was raised. For one that leaves its workflow: a handler inside must see the
+    text that plain Python gives it.
     """
     if isinstance(error, FlowcError) and error.loc is None:
         error.loc = error.raised_at

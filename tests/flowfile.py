@@ -18,9 +18,9 @@
     # unchanged
 
 The first comment of a case is its title, further ones say why; `# pass:` takes what `flowc opt -p` takes, or a level
-such as `-O2`; `# rates: substage_s=0.01, ...` changes rates of the cost model. A case that ends in `# unchanged`, or whose output equals its input, says where a pass must not fire.
-Both texts must verify, and the passes must find no more to do in what they made. `pytest --update-golden` writes
-outputs; read the diff before committing it.
+such as `-O2`; `# rates: substage_s=0.01, ...` changes rates of the cost model. A case that ends in `# unchanged`, or
+whose output equals its input, says where a pass must not fire. Both texts must verify, and the passes must find no
+more to do in what they made. `pytest --update-golden` writes outputs; read the diff before committing it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flowc.ir.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
-    from .cache import CachedEmbedder
+    from .cached import CachedEmbedder
     from .hashing import HashingEmbedder
     from .sentence import SentenceEmbedder
 
@@ -28,7 +28,7 @@ def open_embedder(
     spec = os.fspath(name_or_path)
     if cache is not None:
         inner = open_embedder(spec, **options)
-        from .cache import CachedEmbedder
+        from .cached import CachedEmbedder
 
         return CachedEmbedder(inner, cache)
     try:

@@ -32,7 +32,7 @@ def added(a: int, b: Any) -> Any:
 
 @workflow
 def added_to(a: int, words: Any) -> Any:
-    a += llm.generate(f"{words}", max_tokens=4)  # type: ignore[arg-type]
+    a += llm.generate(f"{words}", max_tokens=4)  # type: ignore[operator]  # fails, that is the point
     return a
 
 

@@ -44,7 +44,7 @@ def test_a_wavefront_of_tickets_goes_by_priority() -> None:
     """Against the plain definition: the first of a stable sort says the key, its mates leave in that order."""
     draw = random.Random(5)
     for _ in range(200):
-        items = [Item(draw.randrange(3), draw.randrange(4)) for _ in range(draw.randint(1, 12))]
+        items: list[Any] = [Item(draw.randrange(3), draw.randrange(4)) for _ in range(draw.randint(1, 12))]
         queue: deque[Any] = deque(items)
         most = draw.randint(1, 6)
         batch = next_wavefront(queue, most)

@@ -184,8 +184,8 @@ def _diff(c: Compilation, a: str, b: str) -> str:
     """The unified difference between the IR at two points; empty if there is none."""
     import difflib
 
-    texts = [_text(_at(c, name)).splitlines(keepends=True) for name in (a, b)]
-    return "".join(difflib.unified_diff(*texts, fromfile=a, tofile=b))
+    old, new = (_text(_at(c, name)).splitlines(keepends=True) for name in (a, b))
+    return "".join(difflib.unified_diff(old, new, fromfile=a, tofile=b))
 
 
 def _at(c: Compilation, name: str) -> Graph:

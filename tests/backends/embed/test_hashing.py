@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +67,7 @@ def test_names_and_options() -> None:
     embedder = open_embedder("hashing:64", seed=3)
     assert (embedder.dim, embedder.spec, embedder.fingerprint) == (64, "hashing:64", "hashing-1/64/seed3")
     assert HashingEmbedder(64).fingerprint != embedder.fingerprint
+    wrong: dict[str, Any]
     for wrong in ({"dim": 7}, {"dim": 12}, {"dim": 8192}, {"seed": -1}, {"colour": "red"}):
         with pytest.raises(ConfigError) as caught:
             open_embedder("hashing", **wrong)

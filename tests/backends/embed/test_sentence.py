@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -234,6 +235,7 @@ def test_names_and_options(folder: Path) -> None:
     with pytest.raises(ResourceError, match="no embedder is called") as caught:
         open_embedder("minilmm")
     assert caught.value.code == "F064"
+    options: dict[str, Any]
     for options in ({"dtype": "bfloat16", "engine": "numpy"}, {"cache_size": -1}, {"colour": "red"}):
         with pytest.raises(ConfigError):
             open_embedder(str(folder), **options)

@@ -121,7 +121,11 @@ CHANGES = st.lists(
     st.one_of(
         st.tuples(
             st.just("add"),
-            st.lists(st.lists(st.sampled_from([*WORDS, "newt"]), min_size=1, max_size=5).map(" ".join), min_size=1, max_size=4),
+            st.lists(
+                st.lists(st.sampled_from([*WORDS, "newt"]), min_size=1, max_size=5).map(" ".join),
+                min_size=1,
+                max_size=4,
+            ),
         ),
         st.tuples(st.just("delete"), st.lists(st.integers(0, 12), max_size=4)),
         st.tuples(st.just("upsert"), st.lists(st.integers(0, 5), min_size=1, max_size=3, unique=True)),

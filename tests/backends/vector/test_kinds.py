@@ -269,6 +269,7 @@ def test_the_weight_of_a_fusion_is_a_setting_and_can_be_measured(
     assert best.weight < 1  # the words' own best were asked for
     build_index(PASSAGES, EMBEDDER, tmp_path / "tuned", kind="hybrid", fusion=best)
     assert getattr(open_index(tmp_path / "tuned", EMBEDDER), "fusion", None) == best
+    wrong: dict[str, Any]
     for wrong in ({"method": "max"}, {"weight": 1.5}, {"depth": 0}):
         with pytest.raises(ResourceError, match="fusion"):
             Fusion(**wrong)
@@ -308,13 +309,13 @@ def test_metadata_that_cannot_be_is_named(tmp_path: Path) -> None:
 
 
 def test_kinds_that_cannot_be(tmp_path: Path) -> None:
+    options: dict[str, Any]
     for options, message in (
         ({"kind": "tree"}, "unknown kind"),
         ({"kind": "hnsw", "nlist": 4}, "no lists"),
         ({"codec": "pq"}, "unknown codec"),
         ({"metric": "hamming"}, "unknown metric"),
     ):
-        assert isinstance(options, dict)
         with pytest.raises(ResourceError, match=message) as caught:
             build_index(PASSAGES, EMBEDDER, tmp_path / "index", **options)
         assert caught.value.code == "F063"

@@ -86,7 +86,7 @@ class Always(_Forms):
 
     def __init__(self, form: Form) -> None:
         super().__init__()
-        self.always = form
+        self.always: Form = form
         self.asked = 0
 
     def choose(self, share: float, keep: int, codes: int, products: bool) -> Form:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowc.backends.embed import open_embedder
-from flowc.backends.embed.cache import CachedEmbedder
+from flowc.backends.embed.cached import CachedEmbedder
 from flowc.backends.embed.hashing import HashingEmbedder
 from flowc.backends.vector import build_index
 from flowc.ir.errors import ResourceError
