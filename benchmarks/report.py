@@ -177,19 +177,95 @@ def engine_cache(data: dict[str, Any]) -> Lines:
     yield from table(("work", *columns), ((r["work"], *(r.get(c, "") for c in columns)) for r in rows))
 
 
-def plain(data: Any) -> Lines:
-    """Anything else: the JSON as it is."""
-    yield "```json"
-    yield json.dumps(data, indent=1)
-    yield "```"
+def engine_speed(data: dict[str, Any]) -> Lines:
+    yield (
+        "A Qwen3-shaped model of 109 M parameters, float32 where nothing else is said, the same requests for all. "
+        "Processor seconds, medians with the quartiles; *times ours* is theirs over the engine's."
+    )
     yield ""
+    yield from about(data["machine"])
+    for part in data["tables"]:
+        limits = part["limits"]
+        yield (
+            f"{part['threads']} thread(s). What the machine can do, measured in the same run: prefill "
+            f"{limits['prefill_tokens_per_s']:.0f} tokens/s, decoding {limits['decode_tokens_per_s_at_16']:.0f} "
+            f"tokens/s at 16 sequences and {limits['decode_tokens_per_s_at_1']:.0f} at one."
+        )
+        yield ""
+        yield from table(
+            ("work", "engine", "CPU s", "tokens per CPU s", "decoding alone", "times ours", "answers equal"),
+            (
+                (
+                    r["work"],
+                    r["variant"],
+                    f"{r['cpu_s'][1]:.2f} ({r['cpu_s'][0]:.2f}-{r['cpu_s'][2]:.2f})",
+                    r["tokens_per_cpu_s"],
+                    r.get("decode_tokens_per_cpu_s", ""),
+                    r["engine_is_faster_by"],
+                    r["equal"],
+                )
+                for r in part["rows"]
+            ),
+        )
+
+
+def retrieval(data: dict[str, Any]) -> Lines:
+    yield (
+        f"{data['corpus']}: {data['vectors']} vectors of {data['dim']}, {data['nlist']} lists, FAISS {data['faiss']}, "
+        f"{data['processor']}, load {data['load']:.1f} at the start. Processor time of the better of FAISS query by "
+        "query and FAISS batched, over flowc's, for the same result bit for bit; one thread."
+    )
+    yield ""
+    for codec in ("fp16", "fp32"):
+        rows = data[codec]
+        batches = list(dict.fromkeys(r["batch"] for r in rows))
+        points = {(r["nprobe"], r["k"], r["batch"]): r for r in rows}
+        yield from table(
+            (f"{codec}: nprobe, k", *(f"{b} at once" for b in batches)),
+            (
+                (f"{nprobe}, {k}", *(f"{points[nprobe, k, b]['times_faiss'][0]:.2f}" for b in batches))
+                for nprobe, k in dict.fromkeys((r["nprobe"], r["k"]) for r in rows)
+            ),
+        )
+    for row in data["pieces"]:
+        times = row["times_whole"][0]
+        yield f"- A search in 8 pieces, {row['batch']} at once, {row['caches']}: {times:.2f} of it in one."
+    yield f"- Single searches while batches are scanned: p99 over p50 {data['under_load']['p99_by_p50']}."
+    lost = ", ".join(f"{name} {row['lost']:.1%}" for name, row in data["beside"].items())
+    yield f"- A scan and a decode side by side, processor time lost: {lost}."
+    yield f"- Points that miss what is wanted of them: {len(data['missed'])} of {len(data['fp16'])}."
+    yield ""
+
+
+def scheduling(rows: list[dict[str, Any]]) -> Lines:
+    first = rows[0]
+    yield f"Simulated: {first['programs']} programs, machine profile `{first['machine']}`, seed {first['seed']}."
+    yield ""
+    yield from table(
+        ("mix", "load", "policy", "mean latency", "P95", "latency per token", "waiting over service, worst"),
+        (
+            (
+                r["mix"],
+                r["load"],
+                r["policy"],
+                f"{r['latency']['mean']:.0f} s",
+                f"{r['latency']['p95']:.0f} s",
+                f"{r['token_latency_s'] * 1e3:.0f} ms",
+                f"{r['waiting_ratio']['max']:.0f}" if isinstance(r["waiting_ratio"], dict) else r["waiting_ratio"],
+            )
+            for r in rows
+        ),
+    )
 
 
 SECTIONS: dict[str, tuple[str, str, Callable[[Any], Lines]]] = {
     "workloads": ("The workloads, side by side", "make bench-workloads", workloads),
     "ablation": ("Every pass on every workload", "make bench-ablation", ablation),
     "overhead": ("Overhead of a node", "make bench", overhead),
+    "engine-speed": ("The engine's speed", "python benchmarks/engine_speed.py", engine_speed),
     "engine-cache": ("The prefix cache", "python benchmarks/engine.py cache", engine_cache),
+    "retrieval": ("Searches", "python benchmarks/retrieval.py", retrieval),
+    "scheduling": ("Scheduling", "python benchmarks/simulate.py shapes", scheduling),
 }
 
 

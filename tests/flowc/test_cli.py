@@ -238,6 +238,14 @@ def test_a_target_that_fails_on_import_shows_the_users_lines(cli: Flowc, tmp_pat
     assert "commands" not in result.err  # no frame of flowc's
 
 
+def test_the_only_workflow_beside_agents_needs_no_name(cli: Flowc, tmp_path: Path) -> None:
+    (tmp_path / "agents.py").write_text(
+        "from flowc import LLM, Agent, workflow\nllm = LLM()\none = Agent('one', llm)\ntwo = Agent('two', llm)\n\n"
+        "@workflow\ndef both(x: str) -> str:\n    return two(one(x))\n"
+    )
+    assert parse_graph(cli("compile", "agents.py").out).name == "both"
+
+
 def test_the_only_workflow_needs_no_name(cli: Flowc, tmp_path: Path) -> None:
     (tmp_path / "one.py").write_text("from flowc import workflow\n@workflow\ndef w(x: str) -> str:\n    return x\n")
     assert cli("run", "one.py", "--input", "x=hi").out == "hi\n"

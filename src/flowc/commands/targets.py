@@ -67,8 +67,9 @@ def load_target(text: str) -> Target:
     module = _file(where) if where.endswith(".py") or "/" in where or "\\" in where else _module(where)
     known = {key: value for key, value in vars(module).items() if is_workflow(value)}
     if not name:
-        if len(known) == 1:
-            return Target(text, next(iter(known.values())))
+        main = [w for w in known.values() if not w.__flowc_agent__] or list(known.values())
+        if len(main) == 1:
+            return Target(text, main[0])
         fail(f"{text} does not say which workflow", hint=_listing(where, known))
     found: Any = module
     for part in name.split("."):
