@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "small": {"layers": 6, "hidden": 256, "heads": 8, "kv_heads": 2},
     "medium": {"layers": 12, "hidden": 768, "heads": 12, "kv_heads": 4},
 }
-LEVELS = (0, 1, 2, 3)
 
 
 @dataclass
@@ -59,7 +58,7 @@ class Bench:
     index: Any
     concurrency: int
     threads: int
-    engines: dict[str, Any] = field(default_factory=dict)
+    levels: tuple[int, ...] = (0, 1, 2, 3)
 
     @contextmanager
     def engine(self) -> Iterator[PagedBackend]:
@@ -212,7 +211,7 @@ def sides_of(name: str, bench: Bench, wanted: Sequence[str]) -> Iterator[tuple[s
     """Name, maker and model side of each side."""
     program = PROGRAMS[name]
     workflow = workflow_of(name)
-    for level in LEVELS:
+    for level in bench.levels:
         yield f"flowc -O{level}", functools.partial(flowc_side, workflow, level, bench), "engine"
     yield "threads", lambda llm: pool_side(program, bench, llm), "engine"
     if "langgraph" in wanted:
@@ -281,6 +280,7 @@ def main() -> None:
     parser.add_argument("--single", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--levels", default="0,1,2,3", help="of flowc, separated by commas")
     parser.add_argument("--no-peers", action="store_true", help="leave LangGraph out")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -288,7 +288,8 @@ def main() -> None:
         model = write_tiny_model(Path(folder) / "model", context=4096, vocab=4096, **SIZES[options.size])
         where = Path(folder) / "pydocs"
         index_bundle("pydocs", where, kind="ivf")
-        bench = Bench(model, flowc.open_index(where, name="pydocs"), options.concurrency, options.threads)
+        levels = tuple(map(int, options.levels.split(",")))
+        bench = Bench(model, flowc.open_index(where, name="pydocs"), options.concurrency, options.threads, levels)
         sets = question_sets(options.programs, options.repeat)
         result: dict[str, Any] = {"machine": machine(), "size": options.size, "programs": options.programs}
         result |= {"concurrency": options.concurrency, "repeat": options.repeat, "workloads": {}}
