@@ -230,7 +230,8 @@ def retrieval(data: dict[str, Any]) -> Lines:
     for row in data["pieces"]:
         times = row["times_whole"][0]
         yield f"- A search in 8 pieces, {row['batch']} at once, {row['caches']}: {times:.2f} of it in one."
-    yield f"- Single searches while batches are scanned: p99 over p50 {data['under_load']['p99_by_p50']}."
+    tail = data["under_load"]["p99_by_p50"]
+    yield f"- Single searches, p99 over p50: {tail['alone']} alone, {tail['under load']} while batches are scanned."
     lost = ", ".join(f"{name} {row['lost']:.1%}" for name, row in data["beside"].items())
     yield f"- A scan and a decode side by side, processor time lost: {lost}."
     yield f"- Points that miss what is wanted of them: {len(data['missed'])} of {len(data['fp16'])}."
