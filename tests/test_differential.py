@@ -46,6 +46,7 @@ def test_compiled_equals_eager(first: int) -> None:
 @settings(
     max_examples=60,
     deadline=None,
+    derandomize=True,  # new programs are for soaks: FLOWC_SEED and FLOWC_PROGRAMS
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
 @given(st.randoms(use_true_random=False), st.integers(5, 40))
