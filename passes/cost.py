@@ -1,15 +1,14 @@
 """The cost model: what operations are predicted to take, in seconds.
 
-Passes ask it and hold no constants of their own. Three sources, later over earlier: `flowc.ir.ops.DEFAULT_RATES`
-and what stands here; what `flowc calibrate` has measured on this machine, for all resources and for each by name; what
-earlier runs of the same workflow have measured at the very place (`sites`).
+Passes ask it and hold no constants of their own. Two sources, later over earlier: `flowc.ir.ops.DEFAULT_RATES` and what
+stands here; what `flowc calibrate` has measured on this machine, for all resources and for each by name.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,13 +44,11 @@ FORMAT: Final = 1  # of calibration files
 class CostModel:
     """Seconds by operation. `rates` overrides the defaults by name.
 
-    `resources` holds rates of one resource, by `lane.name` (`llm.default`, `search.pydocs`); `sites` the measured mean
-    seconds of an operation by `site_of(op)`.
+    `resources` holds rates of one resource, by `lane.name` (`llm.default`, `search.pydocs`).
     """
 
     rates: Mapping[str, float] = field(default_factory=dict)
     resources: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    sites: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for rates in (self.rates, *self.resources.values()):
@@ -79,21 +76,7 @@ class CostModel:
         """What the op takes itself; its regions, the workflow that it calls and its turn are not counted."""
         if (op.regions and not OPS[op.name].has_resource) or op.name in ("const", "undef"):
             return 0.0
-        if self.sites:
-            measured = self.sites.get(site_of(op))
-            if measured is not None:
-                return measured
         return OPS[op.name].cost_s(op, self.of(op))
-
-    def with_sites(self, sites: Mapping[str, float]) -> CostModel:
-        """The same model with what runs have measured since."""
-        return replace(self, sites={**self.sites, **sites})
-
-
-def site_of(op: Op) -> str:
-    """The op's place in the user's source, as text that stays the same from one compilation to the next."""
-    target = op.attrs.get("resource") or op.attrs.get("tool")
-    return f"{op.name}:{target if isinstance(target, str) else ''}:{op.loc}"
 
 
 def read_calibration(path: Path) -> CostModel:
